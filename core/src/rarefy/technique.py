@@ -1,0 +1,162 @@
+"""What a technique is: up to four moments, of which most need one or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from rarefy_schemas import LayerReport, SkippedLayer, TechniqueConfig
+from torch import nn
+
+from rarefy.errors import StageError
+from rarefy.task import Task
+
+ConfigT = TypeVar("ConfigT", bound=TechniqueConfig)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a technique found and means to do."""
+
+    layers: tuple[LayerReport, ...] = ()
+    """One entry per layer that will change."""
+    skipped: tuple[SkippedLayer, ...] = ()
+    """One entry per layer that was left alone, with the reason."""
+    plan: Any = None
+    """Whatever the technique's own `transform` needs, such as ranks or thresholds."""
+
+
+class TrainingRule:
+    """What a technique adds to fine-tuning."""
+
+    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+        """Return a scalar to add to the loss, or None."""
+        return None
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        """Change the weights after an optimizer step; `progress` runs from 0 to 1 over the fine-tuning."""
+
+
+class Technique(Generic[ConfigT]):
+    """A compression technique; subclass it, or `LayerTechnique` when it treats one layer at a time."""
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+        self.seed = 0
+        """Seed of this step, set by the pipeline; seed every random generator with it."""
+
+    def analyze(self, model: nn.Module, task: Task) -> Analysis:
+        """Say what would be done; read only."""
+        raise NotImplementedError
+
+    def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
+        """Change `model`, a copy, and return it."""
+        raise NotImplementedError
+
+    def training_rule(self, model: nn.Module) -> TrainingRule | None:
+        """Return the rule to fine-tune the transformed model by, or None."""
+        return None
+
+    def consolidate(self, model: nn.Module) -> nn.Module:
+        """Turn training scaffolding (masks, parametrizations) into plain modules; always called once."""
+        return model
+
+    def predict(self, model: nn.Module) -> nn.Module:
+        """Return what `transform` would make of a model without values (meta device), for `--dry-run`.
+
+        Techniques whose outcome depends on the weights keep the default: the model as it is.
+        """
+        return model
+
+
+def select(model: nn.Module, config: TechniqueConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the target layers as (name, module), each shared module once; raise `StageError` when there is none."""
+    found = False
+    kinds = config.traits.layers
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if name and kind in kinds and config.targets.matches(name, kind):
+            found = True
+            yield name, module
+    if not found:
+        have = sorted({type(m).__name__ for n, m in model.named_modules() if n and not list(m.children())})
+        raise StageError(
+            f"no layer matches the targets of {config.registered_name()!r}: include {list(config.targets.include)}, "
+            f"exclude {list(config.targets.exclude)}, types {list(config.targets.types or kinds)}. "
+            f"The model has layers of types {', '.join(have) or 'none'}; `rarefy inspect` lists their names."
+        )
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The reason why a layer is left alone."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to one layer."""
+
+    action: str
+    scores: dict[str, float] = field(default_factory=dict)
+    detail: Any = None
+    """Whatever `apply` needs."""
+
+
+class LayerTechnique(Technique[ConfigT]):
+    """A technique that decides and acts layer by layer: write `plan` and `apply`."""
+
+    def plan(self, name: str, layer: nn.Module) -> Plan | Skip:
+        """Decide what to do with `layer`; read only."""
+        raise NotImplementedError
+
+    def apply(self, layer: nn.Module, plan: Plan) -> nn.Module:
+        """Return the layer's replacement, or the layer itself changed in place."""
+        raise NotImplementedError
+
+    def analyze(self, model: nn.Module, task: Task) -> Analysis:
+        """Plan every target layer; refuse weights that are not finite."""
+        layers, skipped, plans = [], [], {}
+        for name, layer in select(model, self.config):
+            kind = type(layer).__name__
+            weight = getattr(layer, "weight", None)
+            if weight is not None and weight.numel() == 0:
+                skipped.append(SkippedLayer(name=name, kind=kind, reason="it has no weights"))
+                continue
+            if weight is not None and not torch.isfinite(weight).all():
+                raise StageError(f"layer {name!r} has weights that are NaN or infinite; retrain or reload the model")
+            with torch.no_grad():
+                plan = self.plan(name, layer)
+            if isinstance(plan, Skip):
+                skipped.append(SkippedLayer(name=name, kind=kind, reason=plan.reason))
+            else:
+                plans[name] = plan
+                layers.append(LayerReport(name=name, kind=kind, action=plan.action, scores=plan.scores))
+        return Analysis(tuple(layers), tuple(skipped), plans)
+
+    def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
+        """Apply the plans; a layer used in several places is replaced in all of them."""
+        for name, plan in analysis.plan.items():
+            old = model.get_submodule(name)
+            with torch.no_grad():
+                new = self.apply(old, plan)
+            if new is not old:
+                new.train(old.training)
+                replace_(model, old, new)
+        return model
+
+
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands in `model`."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+    # named_children() yields a child shared within one parent once
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new

@@ -1,0 +1,1 @@
+"""Placeholder for types; replaced by the loop."""

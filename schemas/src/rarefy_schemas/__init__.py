@@ -1,0 +1,38 @@
+"""Schemas of rarefy: recipes, reports and manifests. Depends on pydantic only."""
+
+from pydantic import Field
+
+from rarefy_schemas.base import Noun, Schema
+from rarefy_schemas.manifest import ARTIFACT_VERSION, Manifest, ModelSpec, ModuleSpec, TensorEntry
+from rarefy_schemas.recipe import (
+    Budgets,
+    Evaluate,
+    ExporterConfig,
+    ModelReference,
+    Recipe,
+    SourceConfig,
+    Split,
+    TaskReference,
+    TechniqueConfig,
+)
+from rarefy_schemas.report import (
+    REPORT_VERSION,
+    BudgetReport,
+    ExportReport,
+    Histogram,
+    LayerReport,
+    Measurement,
+    Report,
+    SkippedLayer,
+    StageReport,
+)
+from rarefy_schemas.targets import Targets
+from rarefy_schemas.training import Finetune, ObjectiveConfig, TaskLoss
+from rarefy_schemas.traits import Traits
+
+__all__ = [
+    "ARTIFACT_VERSION", "REPORT_VERSION", "BudgetReport", "Budgets", "Evaluate", "ExportReport", "ExporterConfig",
+    "Field", "Finetune", "Histogram", "LayerReport", "Manifest", "Measurement", "ModelReference", "ModelSpec",
+    "ModuleSpec", "Noun", "ObjectiveConfig", "Recipe", "Report", "Schema", "SkippedLayer", "SourceConfig", "Split",
+    "StageReport", "Targets", "TaskLoss", "TaskReference", "TechniqueConfig", "TensorEntry", "Traits",
+]  # fmt: skip

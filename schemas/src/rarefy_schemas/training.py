@@ -1,0 +1,55 @@
+"""Fine-tuning: what is minimised, for how long, and how."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from rarefy_schemas.base import Noun, Schema
+
+
+class ObjectiveConfig(Noun):
+    """Options of an objective, the loss that fine-tuning minimises."""
+
+    noun: ClassVar[str] = "objective"
+    needs_teacher: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+
+
+class TaskLoss(ObjectiveConfig):
+    """The task's own loss."""
+
+    implementation: ClassVar[str] = "rarefy.objective:TaskObjective"
+    needs_labels: ClassVar[bool] = True
+    objective: Literal["task"] = "task"
+
+
+class Finetune(Schema):
+    """One fine-tuning: objective, length and optimizer."""
+
+    epochs: int = Field(default=1, ge=0)
+    """Passes over the training split."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples per optimizer step and process; the task's own when absent."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate at the start."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate falls, to zero at the end unless constant."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps over which the learning rate first rises from zero."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of sgd."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest gradient norm."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision of the engine."""
+    keep: Literal["last", "best"] = "last"
+    """Weights to keep: of the last epoch, or of the best one on the validation split."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after this many epochs without gain on the validation split."""
+    objective: SerializeAsAny[ObjectiveConfig] = TaskLoss()
