@@ -80,6 +80,6 @@ def evaluate(  # type: ignore[empty-body]
 
 @hookspec(firstresult=True)
 def export(
-    model: nn.Module, base: Base, task: Task, config: ExporterConfig, directory: Path
+    model: nn.Module, base: Base, task: Task, config: ExporterConfig, directory: Path, original_bytes: int
 ) -> ExportReport | None:
     """Write `model` in the format of `config` into `directory`, re-open it, compare, and report."""

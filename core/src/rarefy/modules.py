@@ -1,9 +1,12 @@
 """placeholder"""
 from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+
 from rarefy_schemas import ModelReference
 from torch import nn
+
 
 @dataclass(frozen=True)
 class Base:

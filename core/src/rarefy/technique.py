@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from rarefy_schemas import LayerReport, SkippedLayer, TechniqueConfig
+from rarefy_schemas import LayerReport, ModelReference, SkippedLayer, TechniqueConfig
 from torch import nn
 
 from rarefy.errors import StageError
@@ -46,6 +46,8 @@ class Technique(Generic[ConfigT]):
         self.config = config
         self.seed = 0
         """Seed of this step, set by the pipeline; seed every random generator with it."""
+        self.zeros_to_keep = False
+        """Whether an earlier step left zeros, set by the pipeline; fine-tuning then holds them."""
 
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
         """Say what would be done; read only."""
@@ -62,6 +64,10 @@ class Technique(Generic[ConfigT]):
     def consolidate(self, model: nn.Module) -> nn.Module:
         """Turn training scaffolding (masks, parametrizations) into plain modules; always called once."""
         return model
+
+    def new_reference(self) -> ModelReference | None:
+        """Return the reference of the network that `transform` builds, when it is not a changed copy."""
+        return None
 
     def predict(self, model: nn.Module) -> nn.Module:
         """Return what `transform` would make of a model without values (meta device), for `--dry-run`.
@@ -151,12 +157,6 @@ class LayerTechnique(Technique[ConfigT]):
 
 def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` stands in `model`."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child is old:
-                setattr(parent, name, new)
-    # named_children() yields a child shared within one parent once
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
+    places = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
+    for name in places:
+        model.set_submodule(name, new)
