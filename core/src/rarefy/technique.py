@@ -91,7 +91,7 @@ def select(model: nn.Module, config: TechniqueConfig) -> Iterator[tuple[str, nn.
         raise StageError(
             f"no layer matches the targets of {config.registered_name()!r}: include {list(config.targets.include)}, "
             f"exclude {list(config.targets.exclude)}, types {list(config.targets.types or kinds)}. "
-            f"The model has layers of types {', '.join(have) or 'none'}; `rarefy inspect` lists their names."
+            f"The model has layers of types {', '.join(have) or 'none'}; `rarefy analyze MODEL` lists their names."
         )
 
 

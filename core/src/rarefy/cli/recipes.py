@@ -1,0 +1,129 @@
+"""Commands about what can be written in a recipe. None of them imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rarefy.cli.output import json_option, print_json, print_rows
+from rarefy.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from rarefy_schemas import Noun
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def techniques(name: str | None, as_json: bool) -> None:
+    """List the installed techniques, or explain technique NAME with its options."""
+    from rarefy.registry import get
+
+    registry = get()
+    if name is None:
+        rows = [(key, config.summary(), registry.owner(key)) for key, config in registry.techniques.items()]
+        if as_json:
+            print_json([{"technique": n, "summary": s, "distribution": d} for n, s, d in rows])
+        elif rows:
+            print_rows(("technique", "what it does", "from"), rows)
+        else:
+            click.echo("no technique is installed; start with `pip install rarefy-pruning`")
+        return
+    if name not in registry.techniques:
+        raise RecipeError(f"there is no technique {name!r}. {did_you_mean(name, registry.techniques)}")
+    config = registry.techniques[name]
+    description = {
+        "technique": name,
+        "summary": config.summary(),
+        "paper": config.paper,
+        "distribution": registry.owner(name),
+        "traits": config.traits.model_dump(),
+        "options": options_of(config),
+    }
+    if as_json:
+        print_json(description)
+        return
+    click.echo(f"{name} ({description['distribution']})\n\n{(config.__doc__ or '').strip()}\n")
+    click.echo(f"paper: {config.paper or 'none named'}\n")
+    print_rows(("option", "type", "default", "what it means"), [tuple(row.values()) for row in description["options"]])
+    needs = ", ".join(key for key, value in config.traits.model_dump().items() if value is True)
+    click.echo(f"\nlayers: {', '.join(config.traits.layers)}\ndata: {config.traits.data}\ntraits: {needs or 'none'}")
+
+
+def options_of(config: type[Noun]) -> list[dict[str, Any]]:
+    """Return name, type, default and description of each option of a noun."""
+    schema = config.model_json_schema()
+    required = schema.get("required", [])
+    return [
+        {
+            "option": name,
+            "type": type_text(part, schema.get("$defs", {})),
+            "default": "required" if name in required else _default(part),
+            "description": part.get("description", ""),
+        }
+        for name, part in schema["properties"].items()
+        if name != config.noun
+    ]
+
+
+def type_text(part: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """Return a JSON Schema type in words, with choices and bounds."""
+    if "$ref" in part:
+        name = str(part["$ref"]).rsplit("/", 1)[-1]
+        return type_text(definitions[name], definitions) if "enum" in definitions.get(name, {}) else name
+    if "anyOf" in part:
+        texts = [type_text(each, definitions) for each in part["anyOf"]]
+        return " or ".join(dict.fromkeys(texts))
+    if "const" in part or "enum" in part:
+        return " | ".join(str(value) for value in part.get("enum", [part.get("const")]))
+    if part.get("type") == "array":
+        return f"list of {type_text(part.get('items', {}), definitions)}"
+    if part.get("type") == "object" and isinstance(part.get("additionalProperties"), dict):
+        return f"mapping to {type_text(part['additionalProperties'], definitions)}"
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = " and ".join(f"{sign} {part[key]:g}" for key, sign in signs.items() if key in part)
+    return " ".join(filter(None, (str(part.get("type", "any")), bounds)))
+
+
+def _default(part: dict[str, Any]) -> str:
+    value = part.get("default")
+    return "none" if value is None else "as below" if isinstance(value, dict) and value else str(value)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe: steps.0.amount=0.9.")
+@json_option
+def validate(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check a RECIPE against the installed techniques and their order."""
+    from rarefy.recipe import dump_recipe, load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if as_json:
+        print_json(dump_recipe(loaded))
+    else:
+        steps = ", ".join(step.registered_name() for step in loaded.steps)
+        click.echo(f"{recipe} is valid: {steps}")
+
+
+@click.command()
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a file instead of the screen.")
+def schema(output: Path | None) -> None:
+    """Print the JSON Schema of recipes, for completion in editors."""
+    import json
+
+    from rarefy.recipe import json_schema
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    from rarefy.files import atomic_write
+
+    with atomic_write(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+COMMANDS = (techniques, validate, schema)
