@@ -1,4 +1,4 @@
-"""Find plugins, load them one at a time, and know what they registered. Imports neither torch nor pydantic by itself."""
+"""Find plugins, load them one at a time, and know what they registered. Imports no torch and no pydantic by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML as people mean it: duplicate keys are errors, `1e-3` is a number, `no` is a word, and every value has a place."""
+"""YAML as people mean it: duplicate keys are errors, `1e-3` is a number, `no` is a word, every value has a place."""
 
 from __future__ import annotations
 
@@ -11,17 +11,6 @@ import yaml
 
 from rarefy.errors import RecipeError
 
-_RESOLVERS = yaml.SafeLoader.yaml_implicit_resolvers
-
-
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader with YAML 1.2's core scalars."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float", ":timestamp", ":int"))]
-    for first, pairs in _RESOLVERS.items()
-}
 _SCALARS = {
     "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
     "int": (re.compile(r"^[-+]?[0-9][0-9_]*$"), "-+0123456789"),
@@ -32,8 +21,35 @@ _SCALARS = {
         "-+.0123456789",
     ),
 }
+
+
+class _Scalars:
+    """YAML 1.2's core scalars instead of 1.1's, for reading and for writing."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float", ":timestamp", ":int"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 for _name, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, list(_first))
+    for _character in _first:
+        _Scalars.yaml_implicit_resolvers.setdefault(_character, []).append((f"tag:yaml.org,2002:{_name}", _pattern))
+
+
+class _Loader(_Scalars, yaml.SafeLoader):
+    """Reads."""
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number; leading zeros do not make it octal."""
+        return int(node.value.replace("_", ""))
+
+
+class _Dumper(_Scalars, yaml.SafeDumper):
+    """Writes."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
 @dataclass(frozen=True)
@@ -121,4 +137,5 @@ def _refuse_duplicates(node: yaml.Node, source: str, seen: set[int] | None = Non
 
 def dump(data: Any) -> str:
     """Return `data`, plain values only, as YAML in its own order."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    # written in ASCII: PyYAML's plain output of some line separators does not read back
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100)

@@ -74,11 +74,11 @@ def analyze(
             }
         )
         return
-    rows_ = [
+    planned = [
         (x.name, x.kind, x.action, ", ".join(f"{k} {v:.4g}" for k, v in x.scores.items())) for x in analysis.layers
     ]
-    rows_ += [(x.name, x.kind, "left alone", x.reason) for x in analysis.skipped]
-    print_rows(("layer", "type", "what would happen", "figures or reason"), rows_)
+    planned += [(x.name, x.kind, "left alone", x.reason) for x in analysis.skipped]
+    print_rows(("layer", "type", "what would happen", "figures or reason"), planned)
 
 
 @click.command()

@@ -25,9 +25,7 @@ def print_rows(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print aligned columns; numbers to the right."""
     table = [[_text(cell) for cell in row] for row in rows]
     numeric = [all(_is_number(row[i]) for row in table) for i in range(len(header))]
-    widths = [
-        max(len(header[i]), *(len(row[i]) for row in table)) if table else len(header[i]) for i in range(len(header))
-    ]
+    widths = [max(len(row[i]) for row in ([*header], *table)) for i in range(len(header))]
     for row in ([*header], ["-" * width for width in widths], *table):
         cells = [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)]
         click.echo("  ".join(cells).rstrip())
@@ -44,6 +42,8 @@ def _text(cell: Any) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return (
-        not text or text.replace(",", "").replace(".", "").replace("-", "").replace("%", "").replace("e+", "").isdigit()
-    )
+    try:
+        float(text.replace(",", "") or 0)
+    except ValueError:
+        return False
+    return True
