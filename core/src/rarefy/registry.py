@@ -111,7 +111,7 @@ class Registry:
         self._origins[plugin.name] = f"{plugin.distribution} {plugin.version}".strip()
         try:
             self._register(plugin.name, importer())
-        except Exception as error:  # a plugin may raise anything at import; one broken plugin never breaks the rest
+        except (Exception, SystemExit) as error:  # a plugin may raise anything; a broken one never breaks the rest
             reason = f"{type(error).__name__}: {error}"
             if fatal:
                 raise PluginError(f"the plugin file {plugin.distribution} does not load: {reason}") from error
