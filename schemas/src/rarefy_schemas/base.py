@@ -13,7 +13,11 @@ class Schema(BaseModel):
     """A frozen record that refuses unknown fields and non-finite numbers."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        ser_json_inf_nan="strings",
+        use_attribute_docstrings=True,
     )
 
 

@@ -14,7 +14,8 @@ REPORT_VERSION = 1
 class Measurement(Schema):
     """One measured figure."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, use_attribute_docstrings=True)
+    # a metric such as a perplexity may be infinite
+    model_config = ConfigDict(allow_inf_nan=True)
 
     name: str
     """`accuracy`, `parameters`, `nonzero`, `flops`, `bytes`, `compression_rate`, `speed_up_rate@1`, ..."""
