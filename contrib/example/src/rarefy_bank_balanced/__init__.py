@@ -1,0 +1,19 @@
+"""Bank-balanced pruning for rarefy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rarefy.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from rarefy_schemas import TechniqueConfig
+
+
+@hookimpl
+def register_techniques() -> Iterable[type[TechniqueConfig]]:
+    """Register the technique."""
+    from rarefy_bank_balanced.config import BankBalancedConfig
+
+    return [BankBalancedConfig]
