@@ -1,0 +1,96 @@
+"""A tensor as codes and codebook, and as a trainable parametrization of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A tensor whose entries are looked up in a codebook."""
+
+    codes: torch.Tensor
+    """uint8, in the tensor's shape."""
+    codebook: torch.Tensor
+    """(distinct values,), of the tensor's type."""
+    zeros: bool
+    """Whether code 0 stands for the zeros of the tensor, which stay."""
+
+    def decode(self) -> torch.Tensor:
+        """Return the tensor."""
+        return self.codebook[self.codes.long()]
+
+    def entropy(self) -> float:
+        """Return the order-0 entropy of the codes in bits per entry."""
+        shares = self.codes.flatten().bincount().double() / self.codes.numel()
+        return float(torch.special.entr(shares).sum() / torch.log(torch.tensor(2.0, dtype=torch.float64)))
+
+
+class Shared(nn.Module):
+    """Parametrization of a tensor by its codebook; the gradient of an entry is the sum over the weights that use it.
+
+    (Deep Compression, eq. 3.) The entry of the zeros is no parameter.
+    """
+
+    codes: torch.Tensor
+
+    def __init__(self, coded: Coded) -> None:
+        super().__init__()
+        self.zeros = coded.zeros
+        self.size = coded.codebook.numel()
+        self.register_buffer("codes", coded.codes.int())
+
+    def forward(self, codebook: torch.Tensor) -> torch.Tensor:
+        """Look the codes up."""
+        full = F.pad(codebook, (1, 0)) if self.zeros else codebook
+        return full.index_select(0, self.codes.flatten()).view(self.codes.shape)
+
+    def right_inverse(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the codebook of a tensor that these codes describe."""
+        full = tensor.new_zeros(self.size).scatter_(0, self.codes.flatten().long(), tensor.flatten())
+        return full[1:] if self.zeros else full
+
+
+def share_(model: nn.Module, name: str, coded: Coded) -> None:
+    """Parametrize the parameter `name` by its codebook, in every layer that uses it."""
+    parameter = model.get_parameter(name)
+    codebook: nn.Parameter | None = None
+    for layer, own_name in _places(model, parameter):
+        setattr(layer, own_name, nn.Parameter(coded.decode(), requires_grad=parameter.requires_grad))
+        parametrize.register_parametrization(layer, own_name, Shared(coded))
+        lookup = _lookups(layer)[own_name]
+        codebook = lookup.original if codebook is None else codebook
+        lookup.original = codebook
+
+
+def unshare_(model: nn.Module) -> None:
+    """Turn every parametrization by a codebook back into a plain parameter; what shared a codebook shares a tensor."""
+    plain: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in list(model.modules()):
+        for name, lookup in _lookups(layer).items():
+            codebook = lookup.original
+            if codebook not in plain:
+                plain[codebook] = nn.Parameter(getattr(layer, name).detach(), requires_grad=codebook.requires_grad)
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
+            setattr(layer, name, plain[codebook])
+
+
+def _lookups(layer: nn.Module) -> dict[str, Any]:
+    """Return the parametrizations by a codebook, by tensor name."""
+    found: Any = getattr(layer, "parametrizations", {})
+    return {name: steps for name, steps in found.items() if isinstance(steps[0], Shared)}
+
+
+def _places(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, name)
+        for module in list(model.modules())
+        for name, own in module.named_parameters(recurse=False)
+        if own is parameter
+    ]

@@ -1,0 +1,26 @@
+"""Weight sharing by k-means."""
+
+from __future__ import annotations
+
+import torch
+
+from rarefy_quantization.config import KMeansConfig
+from rarefy_quantization.lloyd import INITS, lloyd, nearest
+from rarefy_quantization.sharing import TensorQuantizer
+
+
+class KMeans(TensorQuantizer[KMeansConfig]):
+    """Least squared error within a layer (Deep Compression, eq. 2)."""
+
+    def quantize(
+        self, values: torch.Tensor, count: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cluster the values; up to `count` distinct ones are kept as they are."""
+        precise = values.double()
+        ordered = precise.sort().values
+        codebook = torch.unique_consecutive(ordered)
+        if codebook.numel() > count:
+            start = INITS[self.config.init](ordered, count, generator)
+            codebook = lloyd(ordered, start, self.config.rounds)
+        codebook = torch.unique_consecutive(codebook.to(values.dtype))
+        return nearest(precise, codebook.double()), codebook
