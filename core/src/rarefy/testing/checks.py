@@ -68,12 +68,17 @@ def _check(kit: type[NounConformance], config: Noun, model: nn.Module | None, ta
     if task is not None:
         members["task"] = lambda self: task
     rules = type(kit.__name__, (kit,), members)()
-    broken = []
-    for name in dir(rules):
-        if name.startswith("test_"):
-            try:
-                getattr(rules, name)()
-            except AssertionError as error:
-                broken.append(f"{name}: {error}")
+    broken: dict[str, Exception] = {}
+    for name in (name for name in dir(rules) if name.startswith("test_")):
+        try:
+            getattr(rules, name)()
+        except Exception as error:  # the plugin's code runs here and may raise anything
+            broken[name] = error
     if broken:
-        raise AssertionError(f"{type(config).__name__} breaks {len(broken)} rules\n\n" + "\n\n".join(broken))
+        told = "\n\n".join(f"{name}: {_told(error)}" for name, error in broken.items())
+        count = "1 rule" if len(broken) == 1 else f"{len(broken)} rules"
+        raise AssertionError(f"{type(config).__name__} breaks {count}\n\n{told}") from next(iter(broken.values()))
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"

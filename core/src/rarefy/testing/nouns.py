@@ -41,17 +41,12 @@ class NounConformance:
         )
 
     def test_it_is_documented(self) -> None:
-        """Check the summary and the paper that `rarefy techniques` shows."""
+        """Check the summary that `rarefy techniques` shows."""
         cls = type(self._noun())
         require(
             cls.summary().endswith("."),
             f"The summary of {cls.__name__} is {cls.summary()!r}, not a sentence",
             "start its docstring with one that says what it does, with a full stop",
-        )
-        require(
-            cls.paper,
-            f"{cls.__name__} names no paper",
-            "set `paper: ClassVar[str]` to where the method is described, or to 'unpublished'",
         )
 
     def test_every_option_is_described(self) -> None:

@@ -1,0 +1,38 @@
+"""Every installed technique, objective and exporter keeps the rules that plugin authors test theirs by."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+from rarefy.recipe import load_recipe
+from rarefy.registry import get
+from rarefy.testing import check_exporter, check_objective, check_technique
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "pruning/magnitude": [
+        {"amount": 0.6},
+        {"amount": 0.6, "scope": "layer", "finetune": {}},
+        {"amount": 0.6, "schedule": "cubic", "finetune": {}},
+    ],
+    "quantization/kmeans": [{"bits": 3}, {"bits": 3, "init": "random", "finetune": {}}],
+}
+CASES = [(name, options) for name in get().techniques for options in OPTIONS.get(name, [{}, {"finetune": {}}])]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_technique(name: str, options: dict[str, Any]) -> None:
+    check_technique(load_recipe({"steps": [{"technique": name, **options}]}).steps[0])
+
+
+@pytest.mark.parametrize("name", list(get().objectives))
+def test_objective(name: str) -> None:
+    check_objective(name)
+
+
+@pytest.mark.parametrize("name", list(get().exporters))
+def test_exporter(name: str) -> None:
+    if name == "onnx" and importlib.util.find_spec("onnxruntime") is None:
+        pytest.skip("pip install 'rarefy[onnx]'")
+    check_exporter(name)
