@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from rarefy.errors import RecipeError
+from rarefy.recipe import load_recipe
+from rarefy.registry import Plugin, Registry, discover
 from rarefy.scaffold import families, new_plugin
 
 KINDS = [*families(), "a-family-of-its-own"]
@@ -40,6 +42,15 @@ def test_the_new_package_is_clean(family: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert not [path for path in folder.rglob("*") if path.is_file() and "${" in path.read_text()]
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_the_new_recipe_is_valid(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = new_plugin(family, f"my-{family}", tmp_path)
+    monkeypatch.syspath_prepend(folder / "src")
+    plugin = Plugin("mine", folder.name, "0.1.0", f"rarefy_my_{family.replace('-', '_')}", "installed")
+    recipe = load_recipe(folder / "recipe.yaml", registry=Registry([*discover(), plugin]))
+    assert f"{family}/my-{family}" in recipe.model_dump_json()
 
 
 @pytest.mark.parametrize(

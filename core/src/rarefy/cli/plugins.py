@@ -74,7 +74,8 @@ def new(family: str, name: str, directory: Path) -> None:
 
     folder = new_plugin(family, name, directory)
     click.echo(
-        f"wrote {folder}\n\nnext:\n  pip install -e {folder}\n  pytest {folder}\n  rarefy techniques {family}/{name}"
+        f"wrote {folder}\n\nnext:\n  pip install --no-deps -e {folder}\n  pytest {folder}\n"
+        f"then name {family}/{name} in a recipe, such as {folder / 'recipe.yaml'}"
     )
 
 
