@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 from rarefy_schemas import ExporterConfig
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from rarefy.exporter import Exporter
 from rarefy.modules import Base
 from rarefy.nouns import implement
-from rarefy.task import Task
 from rarefy.testing.nouns import NounConformance
 from rarefy.testing.require import require
-from rarefy.testing.subjects import differences, outputs, small_model, small_task
+from rarefy.testing.subjects import differences, outputs
 
 
 class ExporterConformance(NounConformance):
@@ -26,14 +24,6 @@ class ExporterConformance(NounConformance):
 
     config: ExporterConfig
     parent = Exporter
-
-    def model(self) -> nn.Module:
-        """Return the network to try it on, the same at every call."""
-        return small_model()
-
-    def task(self) -> Task:
-        """Return the task to try it with, the same at every call."""
-        return small_task()
 
     def test_the_file_stands_for_the_model(self) -> None:
         """Check that the re-opened file gives the same outputs, and that writing leaves the model as it is."""

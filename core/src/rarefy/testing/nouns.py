@@ -8,10 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 from rarefy_schemas import Noun
+from torch import nn
 
 from rarefy.nouns import implementation
 from rarefy.registry import discover
+from rarefy.task import Task
 from rarefy.testing.require import require
+from rarefy.testing.subjects import small_model, small_task
 
 
 class NounConformance:
@@ -21,6 +24,14 @@ class NounConformance:
     """The options to try it with."""
     parent: type[Any] = object
     """What the class behind the config must subclass."""
+
+    def model(self) -> nn.Module:
+        """Return the network to try it on, the same at every call."""
+        return small_model()
+
+    def task(self) -> Task:
+        """Return the task to try it with, the same at every call."""
+        return small_task()
 
     def test_it_has_a_name(self) -> None:
         """Check the discriminator."""

@@ -14,7 +14,7 @@ from rarefy.objective import Objective
 from rarefy.task import Task
 from rarefy.testing.nouns import NounConformance
 from rarefy.testing.require import require
-from rarefy.testing.subjects import GuardedTask, differences, small_model, small_task
+from rarefy.testing.subjects import GuardedTask, differences
 
 
 class ObjectiveConformance(NounConformance):
@@ -22,14 +22,6 @@ class ObjectiveConformance(NounConformance):
 
     config: ObjectiveConfig
     parent = Objective
-
-    def model(self) -> nn.Module:
-        """Return the network to try it on, the same at every call."""
-        return small_model()
-
-    def task(self) -> Task:
-        """Return the task to try it with, the same at every call."""
-        return small_task()
 
     def test_the_loss_teaches_the_model_alone(self) -> None:
         """Check that the loss is a finite scalar whose gradient reaches the model and not the teacher."""

@@ -109,3 +109,18 @@ def scaffolding(model: nn.Module) -> list[str]:
         found += [f"{name or 'the model'}: {kind.strip('_')}" for kind in kinds if getattr(module, kind)]
         found += [f"{name or 'the model'}: parametrizations"] if "parametrizations" in module._modules else []
     return found
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of parameters and buffers by name."""
+    return {name: tensor.shape for name, tensor in tensors(model).items()}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def zero_count(model: nn.Module) -> int:
+    """Return the number of zeros among the weights."""
+    return sum(int((weight == 0).sum()) for weight in weights(model).values())
