@@ -172,6 +172,26 @@ def test_timing_restores_modes_and_threads() -> None:
     assert [m.training for m in model] == [True, True, False]
 
 
+class Caching(nn.Module):
+    """A model that computes its scale in the first forward pass, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.scale: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale = torch.arange(6.0).cos() if self.scale is None else self.scale
+        return self.layer(x) * self.scale
+
+
+def test_a_model_that_caches_can_be_trained_after_it_was_timed() -> None:
+    model = Caching()
+    latency(model, model, (torch.ones(2, 6),), rounds=3)
+    model(torch.ones(2, 6)).sum().backward()
+    assert model.layer.weight.grad is not None
+
+
 def test_the_original_and_the_model_take_turns_in_going_first() -> None:
     order: list[str] = []
     original = Function(lambda x: (order.append("original"), time.sleep(0.003)))

@@ -70,6 +70,9 @@ class _Run:
 
     def warm_up(self) -> float:
         """Return the shortest of a few forward passes, in seconds."""
+        # what a model caches in its first pass must not be an inference tensor, or it could not be trained any more
+        with torch.inference_mode(False), torch.no_grad():
+            self.model(*self.inputs)
         return min(self.time(1) for _ in range(WARM_UP))
 
     def time(self, repeats: int) -> float:
