@@ -62,7 +62,8 @@ class ResultRules(Compressing):
         pairs = zip(outputs(outcome.model, task), outputs(loaded, task), strict=True)
         lost = differences(outcome.model, loaded)
         require(
-            not lost and all(torch.equal(one, other) for one, other in pairs),
+            # equal weights in another memory layout may differ in the last bit of the outputs
+            not lost and all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs),
             f"The model loaded from its file is not the one written: {', '.join(lost) or 'its outputs differ'}",
             mend,
         )
