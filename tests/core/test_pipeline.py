@@ -56,13 +56,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: 
 
 
 @pytest.fixture(scope="module")
-def trained(trained_digits_session: nn.Module) -> nn.Module:
-    return trained_digits_session
+def trained(trained_once: nn.Module) -> nn.Module:
+    return trained_once
 
 
 @pytest.fixture(scope="module")
-def digits(digits_session: ClassificationTask) -> ClassificationTask:
-    return digits_session
+def digits(digits_task: ClassificationTask) -> ClassificationTask:
+    return digits_task
 
 
 def test_a_run_leaves_model_report_page_and_file(whole: Result) -> None:
@@ -205,7 +205,7 @@ def test_targets_that_match_nothing(trained: nn.Module, digits: ClassificationTa
 
 def test_a_task_without_labels_is_refused_where_labels_are_needed(trained: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(40, 1, 8, 8)
-    task = ClassificationTask.from_arrays(train=(x, None), validation=(x, None), test=(x, None))
+    task = ClassificationTask.from_arrays(x, None)
     with pytest.raises(RecipeError, match=r"steps\.1\.finetune: the objective 'task' needs labels"):
         run(recipe(), tmp_path, model=trained, task=task)
     assert not (tmp_path / "checkpoints").exists()

@@ -14,7 +14,7 @@ from rarefy_schemas import Recipe, Report, StageReport
 
 from rarefy import yaml
 from rarefy.errors import RecipeError, StageError
-from rarefy.files import atomic_write
+from rarefy.files import atomic_write, make_folder
 from rarefy.recipe import dump_recipe
 
 log = logging.getLogger("rarefy")
@@ -119,14 +119,6 @@ def load_report(path: Path) -> Report:
     if not file.exists():
         raise RecipeError(f"there is no report at {file}; name the folder of a finished run")
     return _read(file, Report)
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder; raise `StageError` when that is not possible."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StageError(f"cannot create the folder {path}: {error.strerror}; choose another with --output") from error
 
 
 def _read(file: Path, schema: type[Any]) -> Any:

@@ -1,0 +1,116 @@
+"""Lossless coding of tensors with few distinct values: the values once, then range-coded codes.
+
+A part is: number of values, the values in ascending order of their bits, the count of each but the last (all numbers
+as base-128 varints), and the words of the range coder, little-endian. The probabilities are the exact counts, which
+both sides have as integers, so encoder and decoder agree on every platform.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from rarefy.artifact.bits import Bits, stored
+from rarefy.errors import ArtifactError
+
+MOST_VALUES = 65536
+_CHUNK = 1 << 20
+_WORD = np.dtype("<u4")
+
+
+def encode(bits: Bits) -> bytes | None:
+    """Return the coded elements, or None when they would not become smaller."""
+    if bits.size == 0 or _is_varied(bits):
+        return None
+    values, counts = np.unique(bits, return_counts=True)
+    if len(values) > MOST_VALUES:
+        return None
+    head = varint(len(values)) + values.tobytes() + b"".join(varint(int(count)) for count in counts[:-1])
+    information = float((counts * np.log2(bits.size / counts)).sum()) / 8
+    if len(head) + information >= bits.nbytes:
+        return None
+    part = head + _encode_codes(bits, values, counts)
+    return part if len(part) < bits.nbytes else None
+
+
+def decode(part: bytes | bytearray, itemsize: int, size: int) -> Bits:
+    """Return the `size` elements of a part; raise `ArtifactError` when it is not sound."""
+    values, counts, codes = _read_head(part, itemsize, size)
+    if len(values) == 1:
+        if codes:
+            raise ArtifactError("a constant tensor has codes")
+        return np.full(size, values[0])
+    if len(codes) % _WORD.itemsize:
+        raise ArtifactError("the codes are not whole words")
+    model = _model(counts)
+    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(codes, _WORD).astype(np.uint32))
+    bits = np.empty(size, values.dtype)
+    try:
+        for start in range(0, size, _CHUNK):
+            end = min(start + _CHUNK, size)
+            bits[start:end] = values[decoder.decode(model, end - start)]
+        whole = decoder.maybe_exhausted()
+    except AssertionError as error:  # what constriction raises for words that no encoder writes
+        raise ArtifactError(f"the codes are not sound: {error}") from error
+    if not whole:
+        raise ArtifactError("there are more codes than elements")
+    return bits
+
+
+def varint(number: int) -> bytes:
+    """Return a number in base 128, low digits first; the high bit says that more digits follow."""
+    digits = bytearray()
+    while number > 127:
+        digits.append(number & 127 | 128)
+        number >>= 7
+    digits.append(number)
+    return bytes(digits)
+
+
+def read_varint(data: bytes | bytearray, start: int) -> tuple[int, int]:
+    """Return the number that starts at `start`, and where it ends."""
+    number = 0
+    for place, digit in enumerate(data[start : start + 9]):
+        number |= (digit & 127) << (7 * place)
+        if digit < 128:
+            return number, start + place + 1
+    raise ArtifactError("a number does not end")
+
+
+def _is_varied(bits: Bits) -> bool:
+    """Tell from a sample that there are too many distinct values; saves sorting large dense tensors."""
+    sample = bits[:: max(1, bits.size // (4 * MOST_VALUES))]
+    return sample.size < bits.size and len(np.unique(sample)) > MOST_VALUES
+
+
+def _model(counts: NDArray[np.int64]) -> Any:
+    # float64 holds counts and their sums exactly; `perfect` would search for another rounding
+    return constriction.stream.model.Categorical(counts.astype(np.float64), perfect=False)
+
+
+def _encode_codes(bits: Bits, values: Bits, counts: NDArray[np.int64]) -> bytes:
+    if len(values) == 1:
+        return b""
+    model, encoder = _model(counts), constriction.stream.queue.RangeEncoder()
+    for start in range(0, bits.size, _CHUNK):
+        encoder.encode(np.searchsorted(values, bits[start : start + _CHUNK]).astype(np.int32), model)
+    return bytes(encoder.get_compressed().astype(_WORD, copy=False).tobytes())
+
+
+def _read_head(part: bytes | bytearray, itemsize: int, size: int) -> tuple[Bits, NDArray[np.int64], bytes]:
+    number, start = read_varint(part, 0)
+    end = start + number * itemsize
+    if not 1 <= number <= min(MOST_VALUES, size) or end > len(part):
+        raise ArtifactError(f"{number} distinct values do not fit {size} elements in {len(part)} bytes")
+    values = np.frombuffer(bytes(part[start:end]), stored(itemsize))
+    counts = []
+    for _ in range(number - 1):
+        count, end = read_varint(part, end)
+        counts.append(count)
+    counts.append(size - sum(counts))
+    if min(counts) < 1 or not (values[1:] > values[:-1]).all():
+        raise ArtifactError("the histogram does not fit the tensor")
+    return values, np.array(counts, np.int64), bytes(part[end:])

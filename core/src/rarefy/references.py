@@ -1,0 +1,105 @@
+"""From references such as `zoo:lenet5`, `package.module:build` or `./file.py:build` to models and tasks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rarefy_schemas import ModelReference, TaskReference
+from torch import nn
+
+from rarefy.calling import call
+from rarefy.errors import RarefyError, RecipeError, did_you_mean
+from rarefy.nouns import implement
+from rarefy.registry import get
+from rarefy.source import Source
+from rarefy.task import Task
+from rarefy.weightfiles import load_weights
+
+
+def build_model(
+    reference: ModelReference, *, trusted: bool = True, load_weights: bool = False, seed: int = 0
+) -> nn.Module:
+    """Build the model that a reference names, its random weights from `seed`, and read its weights when asked to.
+
+    `trusted=False` refuses references that run the user's own code. Raises `RecipeError`.
+    """
+    # the caller's random numbers are not disturbed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(reference.source, reference.options, "model", nn.Module, trusted)
+    if load_weights and reference.weights is not None:
+        _load(model, Path(reference.weights))
+    return model
+
+
+def build_task(reference: TaskReference) -> Task:
+    """Build the task that a reference names; raise `RecipeError` when that is not possible."""
+    return _build(reference.source, reference.options, "task", Task, True)  # type: ignore[type-abstract]
+
+
+_load = load_weights
+
+
+def _build(source: str, options: dict[str, Any], kind: str, type_: type[Any], trusted: bool) -> Any:
+    scheme, colon, name = source.partition(":")
+    sources = get().sources
+    if colon and scheme in sources:
+        found: Source = implement(sources[scheme]())
+        known = found.names()
+        if known and name not in known:
+            raise RecipeError(f"{scheme!r} has no {kind} {name!r}. {did_you_mean(name, known)}")
+        return call(getattr(found, kind), {"name": name, **options}, source, type_)
+    if not trusted:
+        raise RecipeError(f"{source!r} is somebody's own code, which is not run here")
+    return call(_callable(source, sources), options, source, type_)
+
+
+def _callable(source: str, sources: Any) -> Callable[..., Any]:
+    place, colon, name = source.rpartition(":")
+    if not colon or not place:
+        raise RecipeError(
+            f"{source!r} is no reference; write SCHEME:NAME with a scheme of {', '.join(sources)}, "
+            "package.module:callable, or ./file.py:callable"
+        )
+    module = _file(Path(place)) if place.endswith(".py") else _module(place, source, sources)
+    found = getattr(module, name, None)
+    if not callable(found):
+        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise RecipeError(f"{place} has no callable {name!r}. {did_you_mean(name, public)}")
+    return found  # type: ignore[no-any-return]
+
+
+def _module(place: str, source: str, sources: Any) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"{source!r}: there is neither a source nor a module {place!r} ({error}). {did_you_mean(place, sources)}"
+        ) from error
+    except Exception as error:  # importing runs the user's code
+        raise RecipeError(f"{source!r}: importing {place} failed with {type(error).__name__}: {error}") from error
+
+
+def _file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RecipeError(f"there is no file {path} in the current folder; references to files are relative to it")
+    name = f"rarefy_reference_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except RarefyError:
+        raise
+    except Exception as error:  # the file is the user's code
+        raise RecipeError(f"running {path} failed with {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,5 @@
+"""Ready tasks."""
+
+from rarefy.tasks.classification import ClassificationTask
+
+__all__ = ["ClassificationTask"]
