@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -20,7 +21,11 @@ from rarefy.registry import Registry, get
 
 def recipe_type(registry: Registry | None = None) -> type[Recipe]:
     """Return the recipe class whose steps, objectives and formats are exactly the installed ones."""
-    registry = registry or get()
+    return _recipe_type(registry or get())
+
+
+@lru_cache(maxsize=8)
+def _recipe_type(registry: Registry) -> type[Recipe]:
     objective = _one_of(registry.objectives.values())
     finetune = create_model("Finetune", __base__=Finetune, objective=(objective, Field(default=TaskLoss())))
     techniques = [_with_finetune(config, finetune) for config in registry.techniques.values()]

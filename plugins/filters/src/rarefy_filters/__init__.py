@@ -1,1 +1,19 @@
-"""filters techniques."""
+"""Compact convolutional filters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rarefy.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from rarefy_schemas import TechniqueConfig
+
+
+@hookimpl
+def register_techniques() -> Iterable[type[TechniqueConfig]]:
+    """Register the techniques of the family."""
+    from rarefy_filters.config import DepthwiseSeparableConfig
+
+    return [DepthwiseSeparableConfig]
