@@ -1,7 +1,9 @@
-"""Writing an export, opening it again, and comparing, before it counts."""
+"""One exported file: written beside, re-opened, compared with the model in memory, and only then put in place."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,68 +12,94 @@ from rarefy_schemas import ExporterConfig, ExportReport
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from rarefy.artifact.filling import tensors_of
-from rarefy.errors import StageError
+from rarefy.errors import RarefyError, StageError
 from rarefy.exporter import Exporter
 from rarefy.files import atomic_write, make_folder
 from rarefy.modules import Base
+from rarefy.modules.skeleton import skeleton
 from rarefy.nouns import implement
 from rarefy.task import Task
-
-_BATCHES = (1, 3)
 
 
 def export_one(
     model: nn.Module, base: Base, task: Task, config: ExporterConfig, directory: Path, original_bytes: int
 ) -> ExportReport:
-    """Write `model` into `directory` and return what was found when the file was opened again.
+    """Write `model` as `directory/model.*` in the format of `config`, and report its bytes and exactness.
 
-    `original_bytes` is the size of the original network's float32 file. Raises `StageError`, leaving no file, when
-    the outputs of the file differ from the model's by more than the format's tolerance.
+    Outputs are compared on `task.example_inputs` of one sample and of three. Raises `StageError`, leaving no file,
+    when the format cannot hold the model or when the re-opened file gives other outputs.
     """
     exporter: Exporter[Any] = implement(config)
-    model = model.cpu().eval()
-    path = directory / f"model{exporter.suffix}"
+    name = config.registered_name()
+    model = copy.deepcopy(model).cpu().eval()
     make_folder(directory)
-    with atomic_write(path) as temporary:
-        exporter.write(model, base, task, temporary)
-        difference = _difference(model, exporter, temporary, base, task)
-    size = path.stat().st_size
+    path = directory / f"model{exporter.suffix}"
+    with atomic_write(path) as temporary, torch.no_grad():
+        try:
+            exporter.write(model, base, task, temporary)
+            reopened = exporter.reopen(temporary, base)
+        except (RarefyError, OSError):
+            raise
+        except Exception as error:  # whatever an exporter's library raises
+            raise StageError(f"the model cannot be exported to {name}: {_shortened(error)}{_advice(config)}") from error
+        sizes = (1, 3) if getattr(config, "dynamic_batch", True) else (1,)
+        difference = max(_compared(model, reopened, task, size, name, exporter.tolerance) for size in sizes)
+        written = temporary.stat().st_size
+    notes = () if written < original_bytes else ("this file is not smaller than the original's float32 file",)
     return ExportReport(
-        format=config.registered_name(),
-        path=f"{directory.name}/{path.name}",
-        bytes=size,
-        rate=original_bytes / size,
+        format=name,
+        path=f"{directory.resolve().name}/{path.name}",
+        bytes=written,
+        rate=original_bytes / written,
         max_difference=difference,
+        notes=notes,
     )
 
 
 def float32_bytes(base: Base) -> int:
-    """Return the bytes of the base's tensors, floating-point ones counted at four bytes each."""
-    return sum(
-        tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-        for tensor in tensors_of(base.build()).values()
-    )
+    """Return the bytes of the base's parameters and buffers, each once, floating-point ones as float32."""
+    model = skeleton(base)
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * (4 if tensor.is_floating_point() else tensor.itemsize) for tensor in tensors)
 
 
-def _difference(model: nn.Module, exporter: Exporter[Any], path: Path, base: Base, task: Task) -> float:
-    """Return the largest absolute difference of outputs, over two batch sizes where the file allows that."""
-    opened = exporter.reopen(path, base)
-    batches = _BATCHES if getattr(exporter.config, "dynamic_batch", True) else (2,)
-    worst = 0.0
-    for batch in batches:
-        inputs = task.example_inputs(batch)
-        with torch.no_grad():
-            expected, found = tree_leaves(model(*inputs)), tree_leaves(opened(*inputs))
-        for one, other in zip(expected, found, strict=True):
-            if not isinstance(one, torch.Tensor):
-                continue
-            difference = float((one - torch.as_tensor(other)).abs().max()) if one.numel() else 0.0
-            limit = exporter.tolerance * max(1.0, float(one.abs().max()) if one.numel() else 0.0)
-            if not difference <= limit:
-                raise StageError(
-                    f"the {exporter.config.registered_name()!r} file gives outputs that differ by {difference:.3g} "
-                    f"from the model's (allowed: {limit:.3g}); it is not kept; choose another format"
-                )
-            worst = max(worst, difference)
-    return worst
+def _compared(
+    model: nn.Module, reopened: Callable[..., Any], task: Task, size: int, name: str, tolerance: float
+) -> float:
+    """Return the largest absolute difference of outputs; raise `StageError` when it is too large."""
+    inputs = task.example_inputs(size)
+    expected = _tensors(model(*copy.deepcopy(inputs)))
+    try:
+        found = _tensors(reopened(*inputs))
+    except Exception as error:
+        raise StageError(f"the {name} file does not run with {size} samples: {_shortened(error)}") from error
+    if [tuple(tensor.shape) for tensor in found] != [tuple(tensor.shape) for tensor in expected]:
+        raise StageError(f"the {name} file gives outputs of other shapes than the model, for {size} samples")
+    largest = 0.0
+    for one, other in zip(expected, found, strict=True):
+        difference = _largest(one.double() - other.double())
+        if not difference <= tolerance * max(1.0, _largest(one.double())):
+            raise StageError(
+                f"the {name} file gives other outputs than the model, by up to {difference:.3g} for {size} samples; "
+                "nothing was exported. The model may choose its way by values or by the batch size"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def _largest(values: torch.Tensor) -> float:
+    """Return the largest magnitude; NaN when there is one, since no difference can be told then."""
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def _shortened(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 600 else f"{text[:600]}..."
+
+
+def _advice(config: ExporterConfig) -> str:
+    return "; try `dynamic_batch: false`" if getattr(config, "dynamic_batch", False) else ""

@@ -1,80 +1,68 @@
-"""ONNX files, run by ONNX Runtime."""
+"""ONNX by torch's exporter, opened again by ONNX Runtime."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from importlib import import_module
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from rarefy.errors import RarefyError
+from rarefy.errors import RarefyError, StageError
 from rarefy.exporter import Exporter
+from rarefy.exporters.batching import quiet, traced_inputs
 from rarefy.exporters.config import OnnxFormat
-from rarefy.exporters.torch_export import exported
 from rarefy.modules import Base
 from rarefy.task import Task
 
+_LARGEST = 2**31 - 2**20
+
 
 class OnnxExporter(Exporter[OnnxFormat]):
-    """Goes through torch.export; weights are inside the file."""
+    """Writes one file with the weights inside."""
 
     suffix = ".onnx"
 
     def write(self, model: nn.Module, base: Base, task: Task, path: Path) -> None:
-        """Convert and save."""
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            _needed(name)
-        with _silent():
-            program = torch.onnx.export(
-                exported(model, task, self.config.dynamic_batch),
-                opset_version=self.config.opset,
+        """Trace the model and write it; raise `RarefyError` when the extra is not installed."""
+        _require("onnx", "onnxscript", "onnxruntime")
+        size = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
+        if size > _LARGEST:
+            raise StageError(f"the model has {size} bytes and one .onnx file holds 2 GiB; export to torch-export")
+        inputs, dynamic = traced_inputs(task, self.config.dynamic_batch)
+        with quiet():
+            torch.onnx.export(
+                model,
+                inputs,
+                path,
                 dynamo=True,
-                verbose=False,
+                dynamic_shapes=dynamic,
+                opset_version=self.config.opset,
                 external_data=False,
+                verbose=False,
             )
-            assert program is not None
-            program.save(str(path))
 
     def reopen(self, path: Path, base: Base) -> Callable[..., Any]:
         """Open a session of ONNX Runtime on the CPU."""
-        runtime = _needed("onnxruntime")
-        options = runtime.SessionOptions()
+        (onnxruntime,) = _require("onnxruntime")
+        options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [entry.name for entry in session.get_inputs()]
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
 
-        def call(*inputs: torch.Tensor) -> list[torch.Tensor]:
-            given = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
-            return [torch.from_numpy(output) for output in session.run(None, given)]
+        def run(*inputs: Any) -> list[torch.Tensor]:
+            tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+            feed = {name: tensor.detach().numpy() for name, tensor in zip(names, tensors, strict=True)}
+            return [torch.from_numpy(output) for output in session.run(None, feed)]
 
-        return call
+        return run
 
 
-def _needed(name: str) -> Any:
+def _require(*modules: str) -> list[Any]:
     try:
-        return import_module(name)
+        return [importlib.import_module(module) for module in modules]
     except ImportError as error:
-        raise RarefyError(f"export to ONNX needs {name}: pip install 'rarefy[onnx]'") from error
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the converter's chatter off the screen."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        raise RarefyError(f"the format onnx needs {error.name}; `pip install 'rarefy[onnx]'` provides it") from error

@@ -1,4 +1,4 @@
-"""Plain tensors, with the architecture beside them."""
+"""Plain tensors in the safetensors format, with the architecture in the file's metadata."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from rarefy.task import Task
 
 
 class SafetensorsExporter(Exporter[SafetensorsFormat]):
-    """Every tensor uncoded; the metadata `rarefy` holds the spec as JSON."""
+    """Writes each tensor once; tied names are in the architecture."""
 
     suffix = ".safetensors"
     tolerance = 1e-6
 
     def write(self, model: nn.Module, base: Base, task: Task, path: Path) -> None:
-        """Write tensors and spec."""
+        """Write tensors and architecture."""
+        spec = describe(model, base)
+        # a copy each, since safetensors refuses tensors that share memory
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors_of(model).items()}
-        save_file(tensors, path, {"rarefy": describe(model, base).model_dump_json(exclude_defaults=True)})
+        save_file(tensors, path, {"format": "pt", "rarefy": spec.model_dump_json(exclude_defaults=True)})
 
     def reopen(self, path: Path, base: Base) -> Callable[..., Any]:
-        """Read both and build the model."""
+        """Build the architecture and fill in the tensors."""
         with safe_open(path, "pt") as file:
             spec = ModelSpec.model_validate_json(file.metadata()["rarefy"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return assemble(spec, tensors, base.build)
+            return assemble(spec, {name: file.get_tensor(name) for name in file.keys()}, base)  # noqa: SIM118

@@ -66,6 +66,8 @@ def set_tensor(owner: nn.Module, leaf: str, value: Any, name: str) -> None:
     """Put a tensor in the place of a parameter or buffer; raise `ArtifactError` when there is no such place."""
     if value is None or tensor_of(owner, leaf) is None:
         raise ArtifactError(f"the base has no tensor {name!r}; is it the one the file was written with?")
+    if isinstance(tensor_of(owner, leaf), nn.Parameter) != isinstance(value, nn.Parameter):
+        raise ArtifactError(f"tensor {name!r} is a parameter on one side and a buffer on the other")
     # setattr, since recurrent modules keep a second list of their weights
     setattr(owner, leaf, value)
 

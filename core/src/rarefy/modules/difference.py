@@ -29,7 +29,7 @@ def describe(model: nn.Module, base: Base) -> ModelSpec:
     if is_own_code(base.reference):
         try:
             differences.replace(model, "")
-        except UnregisteredError:
+        except ArtifactError:
             differences = _Differences()
     if "" not in differences.modules:
         made = skeleton(base)

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar, overload
 
 import torch
@@ -105,7 +106,7 @@ def specify(module: nn.Module) -> ModuleSpec:
         children = {name: specify(child) for name, child in module._modules.items() if child is not None}
         return ModuleSpec(kind=kind.name, children=children)
     arguments = {name: to_json(value) for name, value in kind.to_spec(module).items()}
-    return ModuleSpec(kind=kind.name, arguments=arguments, distribution=_distribution(kind))
+    return ModuleSpec(kind=kind.name, arguments=arguments, distribution=_distribution(kind.name))
 
 
 def construct(spec: ModuleSpec) -> nn.Module:
@@ -144,18 +145,19 @@ def _how_to_register(module: nn.Module) -> str:
     )
 
 
-def _distribution(kind: Kind) -> str | None:
+@cache
+def _distribution(name: str) -> str | None:
     """Return `name==version` of the plugin that provides a class, None for torch and for the user's own code."""
-    if kind.name.startswith("torch."):
+    if name.startswith("torch."):
         return None
-    package = kind.name.partition(".")[0]
+    package = name.partition(".")[0]
     plugins = discover()
     for plugin in plugins:
         if _package(plugin) == package:
             siblings = {_package(other) for other in plugins if other.distribution == plugin.distribution}
             # a checkout's workspace provides several; what one installs is the package itself
-            name = plugin.distribution if len(siblings) == 1 else package.replace("_", "-")
-            return f"{name}=={plugin.version}"
+            provider = plugin.distribution if len(siblings) == 1 else package.replace("_", "-")
+            return f"{provider}=={plugin.version}"
     return None
 
 
