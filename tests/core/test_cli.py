@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rarefy import registry
 from rarefy.cli import main
 
 RECIPE = """\
@@ -31,6 +32,7 @@ steps:
 def rarefy(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs a command in a folder of its own: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(registry.FILES, "")
     (tmp_path / "r.yaml").write_text(RECIPE)
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -39,7 +41,8 @@ def rarefy(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
         out, err = capsys.readouterr()
         return int(exit_.value.code or 0), out, err
 
-    return call
+    yield call
+    registry.get.cache_clear()
 
 
 def test_a_run_and_everything_that_looks_at_it(rarefy: Any) -> None:

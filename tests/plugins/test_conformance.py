@@ -11,6 +11,9 @@ from rarefy.registry import get
 from rarefy.testing import check_exporter, check_objective, check_technique
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "distillation/logits": [
+        {"student": {"source": "zoo:mlp", "options": {"in_channels": 2, "num_classes": 4, "width": 16}}}
+    ],
     "pruning/magnitude": [
         {"amount": 0.6},
         {"amount": 0.6, "scope": "layer", "finetune": {}},

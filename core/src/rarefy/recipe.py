@@ -87,7 +87,11 @@ def _validate(document: yaml.Document, registry: Registry) -> Recipe:
     try:
         return recipe_type(registry).model_validate(document.data)
     except ValidationError as error:
-        lines = [_explain(detail, document) for detail in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        inner = {detail["loc"][0] for detail in found if len(detail["loc"]) > 1}
+        # a list whose items are wrong is reported as too short as well
+        found = [detail for detail in found if detail["type"] != "too_short" or detail["loc"][0] not in inner]
+        lines = [_explain(detail, document) for detail in found]
         raise RecipeError("\n".join(lines)) from None
 
 

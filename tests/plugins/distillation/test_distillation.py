@@ -94,6 +94,9 @@ def test_students_that_do_not_fit(trained_digits: nn.Module, digits_task: Classi
     other = StudentConfig(student={"source": "zoo:mlp", "options": {"num_classes": 7, "width": 8}})  # type: ignore[arg-type]
     with pytest.raises(StageError, match=r"shape \(2, 7\)"):
         implement(other).analyze(trained_digits, digits_task)
+    small = StudentConfig(student={"source": "zoo:mlp", "options": {"size": 5, "width": 8}})  # type: ignore[arg-type]
+    with pytest.raises(StageError, match=r"does not run on the task's inputs of shape \[\(2, 1, 8, 8\)\]"):
+        implement(small).analyze(trained_digits, digits_task)
     with pytest.raises(ValidationError, match="student"):
         StudentConfig()  # type: ignore[call-arg]
     with pytest.raises(ValidationError, match="temperature"):

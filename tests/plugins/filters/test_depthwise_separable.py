@@ -53,9 +53,10 @@ def test_the_error_is_that_of_the_dropped_singular_values_of_each_channel() -> N
     singular = torch.linalg.svdvals(layer.weight.detach().permute(1, 0, 2, 3).reshape(5, 8, 9))
     by_hand = (singular[:, 2:].square().sum() / singular.square().sum()).sqrt()
     assert error == pytest.approx(float(by_hand), rel=1e-5)
-    depthwise, pointwise = made[0].weight.reshape(5, 2, 9), made[1].weight.reshape(8, 5, 2)
+    depthwise, pointwise = made[0].weight.detach().reshape(5, 2, 9), made[1].weight.detach().reshape(8, 5, 2)
     kernel = torch.einsum("ncm,cmt->nct", pointwise, depthwise).reshape(8, 5, 3, 3)
-    found = torch.linalg.norm(kernel - layer.weight) / torch.linalg.norm(layer.weight)
+    weight = layer.weight.detach()
+    found = torch.linalg.norm(kernel - weight) / torch.linalg.norm(weight)
     assert float(found) == pytest.approx(float(by_hand), rel=1e-4)
 
 

