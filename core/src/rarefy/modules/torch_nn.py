@@ -28,6 +28,10 @@ def _attention(module: nn.MultiheadAttention) -> dict[str, Any]:
     return {**arguments, "bias": module.in_proj_bias is not None, "add_bias_kv": module.bias_k is not None}
 
 
+def _none(module: nn.Identity) -> dict[str, Any]:
+    return {}
+
+
 def _register(cls: type[nn.Module]) -> None:
     def make(arguments: dict[str, Any]) -> nn.Module:
         # the one argument of torch.nn that makes a constructor loop
@@ -36,7 +40,9 @@ def _register(cls: type[nn.Module]) -> None:
         return cls(**arguments)
 
     to_spec: Any = recover
-    if issubclass(cls, nn.RNNBase):
+    if cls is nn.Identity:  # it takes any arguments and keeps none
+        to_spec = _none
+    elif issubclass(cls, nn.RNNBase):
         to_spec = _recurrent
     elif issubclass(cls, nn.MultiheadAttention):
         to_spec = _attention
