@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -78,7 +77,6 @@ def test_a_broken_plugin_is_a_named_warning_and_the_rest_works(
 ) -> None:
     install("bad", source)
     install("good", GOOD.format(name="x/one"))
-    logging.getLogger("rarefy").propagate = True
     loaded = Registry(discover())
     assert list(loaded.techniques) == ["x/one"]
     assert [(plugin.name, plugin.state) for plugin in loaded.plugins] == [("bad", "failed"), ("good", "loaded")]

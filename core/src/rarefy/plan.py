@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rarefy_schemas import Finetune, Recipe
@@ -40,7 +41,7 @@ def plan(recipe: Recipe) -> list[PlanRow]:
         else PlanRow("original", "", parameters(model), flops(model, inputs), 0)
     ]
     for index, config in enumerate(recipe.steps):
-        technique: Technique[object] = implement(config)
+        technique: Technique[Any] = implement(config)
         note = ""
         if not config.traits.new_architecture:
             try:

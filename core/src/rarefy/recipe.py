@@ -6,12 +6,12 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_args
 
 from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from rarefy_schemas import ExporterConfig, Finetune, Noun, Recipe, TaskLoss, TechniqueConfig
+from rarefy_schemas import ExporterConfig, Finetune, Noun, Recipe, Schema, TaskLoss, TechniqueConfig
 
 from rarefy import yaml
 from rarefy.errors import RecipeError, did_you_mean
@@ -121,47 +121,46 @@ def _tags(data: Any, location: Sequence[int | str]) -> set[int]:
     """Return the positions in `location` that pydantic added for the member of a union, not found in the data."""
     tags: set[int] = set()
     for i, part in enumerate(location):
-        if (isinstance(data, dict) and part in data) or (
-            isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data)
-        ):
-            data = data[part]
-        elif (
-            isinstance(data, dict) and part in (data.get("technique"), data.get("objective"), data.get("format"))
-        ) or (isinstance(part, str) and part.startswith(("function-", "nullable"))):
-            tags.add(i)
-        else:
+        found = _child(data, part)
+        if found is not None:
+            data = found
+            continue
+        names = [data.get(key) for key in ("technique", "objective", "format")] if isinstance(data, dict) else []
+        if part not in names and not str(part).startswith(("function-", "nullable")):
             break
+        tags.add(i)
     return tags
+
+
+def _child(data: Any, part: int | str) -> Any:
+    if isinstance(data, dict):
+        return data.get(part)
+    if isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data):
+        return data[part]
+    return None
 
 
 def _allowed_keys(data: Any, location: Sequence[int | str]) -> list[str]:
     """Return the option names of the object at `location` in the recipe."""
     registry = get()
+    tables: dict[str, Mapping[str, type[Any]]] = {
+        "technique": registry.techniques,
+        "format": registry.exporters,
+        "objective": registry.objectives,
+    }
     model: type[Any] | None = Recipe
     for part in location:
-        data = data[part] if not isinstance(part, int) or isinstance(data, (list, tuple)) else None
-        if isinstance(part, int):
-            tables = {"technique": registry.techniques, "format": registry.exporters}
-            model = next(
-                (
-                    table[data[key]]
-                    for key, table in tables.items()
-                    if isinstance(data, dict) and data.get(key) in table
-                ),
-                None,
-            )
-        elif part == "objective":
-            model = registry.objectives.get(data.get("objective", "")) if isinstance(data, dict) else None
+        data = _child(data, part)
+        names = data if isinstance(data, dict) else {}
+        named = [table[names[key]] for key, table in tables.items() if str(names.get(key)) in table]
+        if named:
+            model = named[0]
         elif model is not None and part in model.model_fields:
-            model = _model_of(model.model_fields[str(part)].annotation) or model
+            model = _model_of(model.model_fields[str(part)].annotation)
     return list(model.model_fields) if model is not None else []
 
 
 def _model_of(annotation: Any) -> type[Any] | None:
-    from typing import get_args
-
-    from rarefy_schemas import Schema
-
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Schema):
             return candidate
@@ -204,18 +203,15 @@ def _one_of(configs: Iterable[type[Noun]]) -> Any:
     classes = tuple(configs)
     if len(classes) == 1:
         return classes[0]
-    return Annotated[Union[classes], Field(discriminator=classes[0].noun)]  # type: ignore[valid-type]  # noqa: UP007
+    return Annotated[Union[classes], Field(discriminator=classes[0].noun)]  # noqa: UP007
 
 
 def _with_finetune(config: type[TechniqueConfig], finetune: type[Finetune]) -> type[TechniqueConfig]:
+    field: Any = (finetune | None, _field(config, "finetune"))
     return create_model(
-        config.__name__,
-        __base__=config,
-        __module__=config.__module__,
-        __doc__=config.__doc__,
-        finetune=(finetune | None, _field(config, "finetune")),
+        config.__name__, __base__=config, __module__=config.__module__, __doc__=config.__doc__, finetune=field
     )
 
 
-def _field(model: type[Any], name: str) -> FieldInfo:
+def _field(model: type[Schema], name: str) -> FieldInfo:
     return copy.copy(model.model_fields[name])

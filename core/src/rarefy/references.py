@@ -8,19 +8,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rarefy_schemas import ModelReference, TaskReference
 from torch import nn
 
+from rarefy import weightfiles
 from rarefy.calling import call
 from rarefy.errors import RarefyError, RecipeError, did_you_mean
 from rarefy.nouns import implement
 from rarefy.registry import get
 from rarefy.source import Source
 from rarefy.task import Task
-from rarefy.weightfiles import load_weights
+
+T = TypeVar("T")
 
 
 def build_model(
@@ -35,7 +37,7 @@ def build_model(
         torch.manual_seed(seed)
         model = _build(reference.source, reference.options, "model", nn.Module, trusted)
     if load_weights and reference.weights is not None:
-        _load(model, Path(reference.weights))
+        weightfiles.load_weights(model, Path(reference.weights))
     return model
 
 
@@ -44,10 +46,7 @@ def build_task(reference: TaskReference) -> Task:
     return _build(reference.source, reference.options, "task", Task, True)  # type: ignore[type-abstract]
 
 
-_load = load_weights
-
-
-def _build(source: str, options: dict[str, Any], kind: str, type_: type[Any], trusted: bool) -> Any:
+def _build(source: str, options: dict[str, Any], kind: str, type_: type[T], trusted: bool) -> T:
     scheme, colon, name = source.partition(":")
     sources = get().sources
     if colon and scheme in sources:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -79,16 +79,17 @@ class Registry:
         self.manager.add_hookspecs(hookspecs)
         self.plugins: list[Plugin] = []
         self._origins: dict[str, str] = {}
+        self._owners: dict[tuple[str, str], str] = {}
         for module in ("rarefy.builtin", "rarefy.stages"):
             self._register(module, importlib.import_module(module))
         plugins = list(plugins)
         _refuse_twins(plugins)
         for plugin in plugins:
-            self._load(plugin, lambda plugin=plugin: importlib.import_module(plugin.module))
+            self._load(plugin, partial(importlib.import_module, plugin.module))
         for file in files:
             stem = f"rarefy_plugin_{file.stem}"
             plugin = Plugin(file.stem, str(file), "", stem, "installed")
-            self._load(plugin, lambda file=file, stem=stem: _import_file(file, stem), fatal=True)
+            self._load(plugin, partial(_import_file, file, stem), fatal=True)
 
     @property
     def hook(self) -> Any:
@@ -137,7 +138,7 @@ class Registry:
                             f"its plugin with {BLOCK}=NAME (`rarefy plugins list` shows the names)"
                         )
                     found[key], owners[key] = noun, origin
-        self._owners = {**getattr(self, "_owners", {}), **{(hook_name, key): owner for key, owner in owners.items()}}
+        self._owners.update({(hook_name, key): owner for key, owner in owners.items()})
         return dict(sorted(found.items()))
 
     @cached_property
@@ -190,15 +191,20 @@ def _refuse_twins(plugins: list[Plugin]) -> None:
             )
 
 
-def _checked(nouns: Any, kind: type[Any], hook_name: str, origin: str) -> Iterator[Any]:
+def _checked(nouns: Iterable[Any], kind: type[Any], hook_name: str, origin: str) -> Iterator[Any]:
     for noun in nouns:
         if not (isinstance(noun, type) and issubclass(noun, kind)):
             raise PluginError(f"{hook_name} of {origin} returned {noun!r}; return subclasses of {kind.__name__}")
         try:
-            noun.registered_name()
+            _name_of(noun)
         except TypeError as error:
             raise PluginError(f"{hook_name} of {origin}: {error}") from error
         yield noun
+
+
+def _name_of(noun: Any) -> str:
+    name: str = noun.registered_name()
+    return name
 
 
 def _import_file(file: Path, name: str) -> ModuleType:

@@ -7,10 +7,10 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import ValidationError
-from rarefy_schemas import Recipe, Report, StageReport
+from rarefy_schemas import Recipe, Report, Schema, StageReport
 
 from rarefy import yaml
 from rarefy.errors import RecipeError, StageError
@@ -18,6 +18,7 @@ from rarefy.files import atomic_write, make_folder
 from rarefy.recipe import dump_recipe
 
 log = logging.getLogger("rarefy")
+SchemaT = TypeVar("SchemaT", bound=Schema)
 
 
 class RunDir:
@@ -121,7 +122,7 @@ def load_report(path: Path) -> Report:
     return _read(file, Report)
 
 
-def _read(file: Path, schema: type[Any]) -> Any:
+def _read(file: Path, schema: type[SchemaT]) -> SchemaT:
     try:
         return schema.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except (ValidationError, ValueError, OSError) as error:

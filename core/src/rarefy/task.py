@@ -15,11 +15,17 @@ from torch.utils.data import DataLoader
 class Task(Protocol):
     """Data, loss and metric."""
 
-    metric: str
-    """Name of the metric, such as `accuracy`."""
-    higher_is_better: bool
-    has_labels: bool
-    """Whether `loss` can be computed."""
+    @property
+    def metric(self) -> str:
+        """Name of the metric, such as `accuracy`."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger metric is a better one."""
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether `loss` can be computed."""
 
     def loader(
         self, split: Split, batch_size: int | None = None, *, shuffle: bool = False, seed: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 
@@ -23,7 +23,8 @@ INTERRUPTED = 130
 )
 @click.option("--quiet", is_flag=True, help="Print results only: no progress, no log.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def cli(plugin_files: tuple[str, ...], quiet: bool, debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, plugin_files: tuple[str, ...], quiet: bool, debug: bool) -> None:
     """Make a trained PyTorch model smaller and faster, and measure what was gained.
 
     \b
@@ -32,7 +33,7 @@ def cli(plugin_files: tuple[str, ...], quiet: bool, debug: bool) -> None:
     """
     from rarefy import progress
 
-    _log_to_stderr(quiet)
+    context.with_resource(_logging_to_stderr(quiet))
     progress.set_quiet(quiet)
     if plugin_files:
         from rarefy.registry import add_files
@@ -73,15 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _log_to_stderr(quiet: bool) -> None:
+@contextlib.contextmanager
+def _logging_to_stderr(quiet: bool) -> Iterator[None]:
     log = logging.getLogger("rarefy")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Plain())
-        log.addHandler(handler)
-    log.propagate = False
-    log.handlers[0].setLevel(logging.ERROR if quiet else logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain())
+    handler.setLevel(logging.ERROR if quiet else logging.INFO)
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 class _Plain(logging.Formatter):

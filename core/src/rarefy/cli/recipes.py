@@ -34,7 +34,7 @@ def techniques(name: str | None, as_json: bool) -> None:
     if name not in registry.techniques:
         raise RecipeError(f"there is no technique {name!r}. {did_you_mean(name, registry.techniques)}")
     config = registry.techniques[name]
-    description = {
+    description: dict[str, Any] = {
         "technique": name,
         "summary": config.summary(),
         "paper": config.paper,

@@ -171,7 +171,7 @@ def split_indices(labels: torch.Tensor, shares: Sequence[float], seed: int) -> l
     """Return disjoint random index sets with the given shares of every class."""
     generator = torch.Generator().manual_seed(seed)
     parts: list[list[torch.Tensor]] = [[] for _ in shares]
-    for label in labels.unique():
+    for label in sorted(set(labels.tolist())):
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
         edges = [round(sum(shares[:i]) * len(members)) for i in range(len(shares) + 1)]

@@ -86,8 +86,8 @@ def images(folder: str, size: int = 64, seed: int = 0, batch_size: int = 32) -> 
     classes = sorted(path.name for path in (Path(folder) / "train").glob("*") if path.is_dir())
     if not classes:
         raise RecipeError(f"there are no class folders in {folder}/train")
-    splits = (read_images(Path(folder) / split, classes, size) for split in ("train", "test"))
-    return _official(*splits, seed, batch_size)
+    train, test = (read_images(Path(folder) / split, classes, size) for split in ("train", "test"))
+    return _official(train, test, seed, batch_size)
 
 
 DATA: dict[str, Callable[..., ClassificationTask]] = {

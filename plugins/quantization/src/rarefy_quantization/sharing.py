@@ -69,9 +69,7 @@ class TensorQuantizer(Technique[ConfigT]):
         codes[alive] = (found + int(zeros)).to(torch.uint8)
         return Coded(codes, torch.nn.functional.pad(codebook, (1, 0)) if zeros else codebook, zeros)
 
-    def _tensors(
-        self, weights: list[LayerWeight], bits: dict[str, int]
-    ) -> list[tuple[str, str, torch.Tensor, int]]:
+    def _tensors(self, weights: list[LayerWeight], bits: dict[str, int]) -> list[tuple[str, str, torch.Tensor, int]]:
         """Return name, kind, values and bits of each tensor to quantize."""
         found = {}
         for weight in weights:
