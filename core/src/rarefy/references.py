@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -89,7 +90,11 @@ def _module(place: str, source: str, sources: Any) -> ModuleType:
 def _file(path: Path) -> ModuleType:
     if not path.is_file():
         raise RecipeError(f"there is no file {path} in the current folder; references to files are relative to it")
-    name = f"rarefy_reference_{path.stem}"
+    # once per process: a second import would make classes that differ from those of the first
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"rarefy_reference_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RecipeError(f"{path} is not a Python file")
@@ -98,7 +103,9 @@ def _file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except RarefyError:
+        del sys.modules[name]
         raise
     except Exception as error:  # the file is the user's code
+        del sys.modules[name]
         raise RecipeError(f"running {path} failed with {type(error).__name__}: {error}") from error
     return module

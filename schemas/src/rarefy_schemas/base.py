@@ -37,7 +37,7 @@ class Noun(Schema):
         """Return the name written in the `Literal` discriminator; raise `TypeError` when there is none."""
         field = cls.model_fields.get(cls.noun)
         if field is None or get_origin(field.annotation) is not Literal:
-            raise TypeError(f"{cls.__name__} needs a field `{cls.noun}: Literal[\"its-name\"]`")
+            raise TypeError(f'{cls.__name__} needs a field `{cls.noun}: Literal["its-name"]`')
         names = get_args(field.annotation)
         if len(names) != 1:
             raise TypeError(f"{cls.__name__}.{cls.noun} must be a Literal with exactly one name, not {names}")

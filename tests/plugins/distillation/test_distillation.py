@@ -87,6 +87,35 @@ def test_a_student_learns_and_its_file_is_its_own(
     assert torch.equal(loaded(*digits_task.example_inputs(3)), result.model(*digits_task.example_inputs(3)))
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.classes(x.flatten(1)), x
+
+
+def test_outputs_that_do_not_compare(digits_task: ClassificationTask) -> None:
+    batch = next(iter(digits_task.loader("train")))
+    objective = implement(LogitsConfig())
+    ten, one = (nn.Sequential(nn.Flatten(), nn.Linear(64, n)) for n in (10, 1))
+    # a single class would broadcast against ten without a word
+    with pytest.raises(StageError, match=r"shape \(64, 1\), the original's \(64, 10\)"):
+        objective.loss(one, ten, batch, digits_task)
+    with pytest.raises(StageError, match="the student returns a tuple"):
+        objective.loss(Named(), ten, batch, digits_task)
+
+
+def test_comparing_a_student_leaves_the_statistics_of_the_original(digits_task: ClassificationTask) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 10)).train()
+    before = model[1].running_mean.clone()
+    config = StudentConfig(student={"source": "zoo:mlp", "options": {"width": 8}})  # type: ignore[arg-type]
+    implement(config).analyze(model, digits_task)
+    assert torch.equal(model[1].running_mean, before)
+    assert model[1].training
+
+
 def test_students_that_do_not_fit(trained_digits: nn.Module, digits_task: ClassificationTask) -> None:
     large = StudentConfig(student={"source": "zoo:mlp", "options": {"width": 4096}})  # type: ignore[arg-type]
     with pytest.raises(StageError, match="set `allow_larger: true`"):
@@ -97,6 +126,8 @@ def test_students_that_do_not_fit(trained_digits: nn.Module, digits_task: Classi
     small = StudentConfig(student={"source": "zoo:mlp", "options": {"size": 5, "width": 8}})  # type: ignore[arg-type]
     with pytest.raises(StageError, match=r"does not run on the task's inputs of shape \[\(2, 1, 8, 8\)\]"):
         implement(small).analyze(trained_digits, digits_task)
+    with pytest.raises(StageError, match="the original returns a tuple"):
+        implement(other).analyze(Named(), digits_task)
     with pytest.raises(ValidationError, match="student"):
         StudentConfig()  # type: ignore[call-arg]
     with pytest.raises(ValidationError, match="temperature"):

@@ -11,7 +11,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rarefy import artifact
 from rarefy.errors import StageError
+from rarefy.modules import as_base
 from rarefy.nouns import implement
 from rarefy.pipeline import run
 from rarefy.recipe import load_recipe
@@ -20,6 +22,8 @@ from rarefy.technique import Plan, Skip
 from rarefy_factorization.config import SvdConfig
 from rarefy_factorization.schemes import ChannelScheme, LinearScheme, SpatialScheme
 from torch import nn
+
+TASK: Any = None  # factorization needs no data
 
 
 def factorized(layer: nn.Module, **options: Any) -> nn.Module:
@@ -148,6 +152,53 @@ def test_half_precision_and_shared_layers(digits_task: ClassificationTask) -> No
     model = technique.transform(model, technique.analyze(model, digits_task), digits_task)
     assert model[1] is model[3]
     assert model[1][0].weight.dtype == torch.bfloat16
+
+
+def test_a_weight_that_another_module_uses_stays() -> None:
+    model = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 32), nn.Linear(32, 100, bias=False))
+    model[2].weight = model[0].weight
+    technique = implement(SvdConfig())
+    analysis = technique.analyze(model, TASK)
+    assert [layer.name for layer in analysis.layers] == ["1"]
+    assert "another module uses the same weight" in analysis.skipped[0].reason
+    assert [type(layer) for layer in technique.predict(model)] == [nn.Embedding, nn.Sequential, nn.Linear]
+
+
+def test_a_layer_of_zeros_stays() -> None:
+    layer = nn.Linear(8, 8)
+    nn.init.zeros_(layer.weight)
+    assert implement(SvdConfig(energy=0.5)).plan("x", layer) == Skip("all its weights are zero")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("include", ["*", "layers.1.*"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_encoder_layers_of_torch_run_without_their_fused_kernel(padded: bool, include: str, tmp_path: Path) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 6, 32), torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = padded
+    with torch.no_grad():
+        for layer in model.layers:
+            for linear in (layer.linear1, layer.linear2):
+                linear.weight.copy_(torch.randn(linear.out_features, 5) @ torch.randn(5, linear.in_features) / 20)
+        expected = model(x, src_key_padding_mask=padding if padded else None)
+        technique = implement(SvdConfig(rank=5, targets={"include": [include]}))
+        base = copy.deepcopy(model)
+        changed = technique.transform(model, technique.analyze(model, TASK), TASK)
+        artifact.write(changed, as_base(base), tmp_path / "model.rarefy")
+        for result in (changed, artifact.load(tmp_path / "model.rarefy", base=base).eval()):
+            assert isinstance(result.layers[1].linear1, nn.Sequential)
+            outputs = result(x, src_key_padding_mask=padding if padded else None)
+            assert torch.allclose(outputs[~padding], expected[~padding], atol=1e-4)
+
+
+def test_an_analysis_serves_for_several_copies() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    technique = implement(SvdConfig())
+    analysis = technique.analyze(model, TASK)
+    one, other = (technique.transform(copy.deepcopy(model), analysis, TASK) for _ in range(2))
+    nn.init.zeros_(one[0][0].weight)
+    assert other[0][0].weight.any()
 
 
 def test_options_that_contradict_each_other() -> None:

@@ -66,17 +66,21 @@ def test_the_error_is_that_of_the_dropped_singular_values_of_each_channel() -> N
         (nn.Conv2d(4, 4, 1), "1 x 1 already"),
         (nn.Conv2d(4, 4, 3, groups=2), "2 groups already"),
         (nn.Conv2d(4, 1, 3), "would not have fewer parameters"),
+        (nn.Conv2d(4, 3, (1, 2)), "would not have fewer parameters"),  # 5 < 6 weights, but 2 more to normalize
     ],
 )
 def test_what_is_left_alone(layer: nn.Conv2d, reason: str) -> None:
-    skip = implement(DepthwiseSeparableConfig()).plan("x", layer)
+    skip = implement(DepthwiseSeparableConfig(batchnorm=True)).plan("x", layer)
     assert isinstance(skip, Skip)
     assert reason in skip.reason
 
 
-def test_a_normalization_goes_between() -> None:
-    made, _ = block(nn.Conv2d(3, 8, 3), 1, batchnorm=True)
+def test_a_normalization_goes_between_and_follows_the_type() -> None:
+    layer = nn.Conv2d(3, 8, 3).double()
+    made, _ = block(layer, 8, batchnorm=True)
     assert [type(child) for child in made] == [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    assert torch.allclose(made.eval()(x), layer(x), atol=1e-4)
 
 
 def test_a_dry_run_predicts_the_shapes(trained_digits: nn.Module, digits_task: ClassificationTask) -> None:

@@ -268,6 +268,26 @@ def test_another_criterion_is_a_few_lines() -> None:
     assert weights(prune(model, amount=0.5))[0].count_nonzero() < weights(pruned)[0].count_nonzero()
 
 
+def test_zeros_go_first_whatever_a_criterion_says() -> None:
+    class Smallest(WeightCriterion[MagnitudeConfig]):
+        """The contrary of magnitude."""
+
+        def score(self, weight: torch.Tensor) -> torch.Tensor:
+            return -weight.abs()
+
+    model = prune(network(), amount=0.3)
+    pruned = Smallest(MagnitudeConfig(amount=0.5)).consolidate(copy.deepcopy(model))
+    assert int((flat(pruned) == 0).sum()) == 1360
+    assert bool((flat(pruned) == 0)[flat(model) == 0].all())
+
+
+def test_a_gradual_plan_says_that_it_is_a_forecast() -> None:
+    config = MagnitudeConfig(amount=0.5, schedule="cubic", finetune={"epochs": 1})
+    gradual, at_once = (Magnitude(c).analyze(network(), TASK) for c in (config, MagnitudeConfig(amount=0.5)))
+    assert all(layer.action.startswith("keep about ") for layer in gradual.layers)
+    assert not any("about" in layer.action for layer in at_once.layers)
+
+
 class TestBadInput:
     @pytest.mark.parametrize("amount", [0, 1, -0.1, 1.5, float("nan")])
     def test_amounts_outside_are_refused(self, amount: float) -> None:

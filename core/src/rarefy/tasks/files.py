@@ -48,7 +48,7 @@ def read_cifar(files: Sequence[Path], label_bytes: int, classes: int) -> Pair:
 def read_npz(file: Path) -> dict[str, NDArray[np.generic]]:
     """Return the arrays of an .npz file; arrays of objects, which are pickles, are refused."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
         raise RecipeError(f"cannot read the arrays of {file}: {error}") from error

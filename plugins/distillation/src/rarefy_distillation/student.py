@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rarefy.errors import StageError
 from rarefy.measure import parameters
+from rarefy.measure.mode import device_of, evaluation, move
 from rarefy.references import build_model
 from rarefy.task import Task
 from rarefy.technique import Analysis, Technique
@@ -12,6 +15,7 @@ from rarefy_schemas import LayerReport, ModelReference
 from torch import nn
 
 from rarefy_distillation.config import StudentConfig
+from rarefy_distillation.logits import check_logits
 
 
 class Student(Technique[StudentConfig]):
@@ -26,22 +30,7 @@ class Student(Technique[StudentConfig]):
                 f"the student {self.config.student.source!r} has {after:,} parameters, the original {before:,}; "
                 "choose a smaller one, or set `allow_larger: true`"
             )
-        inputs = task.example_inputs(2)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with torch.no_grad():
-            given = model(*(x.to(device) for x in inputs)).shape
-            try:
-                made = student.eval()(*inputs).shape
-            except RuntimeError as error:
-                raise StageError(
-                    f"the student {self.config.student.source!r} does not run on the task's inputs of shape "
-                    f"{[tuple(x.shape) for x in inputs]}: {error}. Give it the right size in `student.options`"
-                ) from error
-        if given != made:
-            raise StageError(
-                f"the student's outputs have the shape {tuple(made)} for two samples, the original's {tuple(given)}; "
-                "give the student the same number of classes, in `student.options`"
-            )
+        self._compare(student, model, task.example_inputs(2))
         report = LayerReport(
             name=self.config.student.source,
             kind=type(student).__name__,
@@ -62,6 +51,20 @@ class Student(Technique[StudentConfig]):
         """Return the student without values."""
         with torch.device("meta"):
             return self._build()
+
+    @torch.no_grad()
+    def _compare(self, student: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        with evaluation(student, model):
+            given = model(*move(inputs, device_of(model)))
+            try:
+                made = student(*move(inputs, device_of(student)))
+            except RuntimeError as error:
+                shapes = [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)]
+                raise StageError(
+                    f"the student {self.config.student.source!r} does not run on the task's inputs of shape {shapes}: "
+                    f"{error}. Give it the right size in `student.options`"
+                ) from error
+        check_logits(made, given)
 
     def _build(self) -> nn.Module:
         return build_model(self.config.student, load_weights=True, seed=self.seed)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from rarefy.technique import LayerTechnique, Plan, Skip, replace_, select
+from rarefy.task import Task
+from rarefy.technique import Analysis, LayerTechnique, Plan, Skip, replace_, select
 from torch import nn
 
 from rarefy_factorization.config import RankConfig
 from rarefy_factorization.schemes import Scheme
+from rarefy_factorization.surroundings import leave_fast_path_, tied_weights
 
 ConfigT = TypeVar("ConfigT", bound=RankConfig)
 
@@ -29,6 +31,9 @@ class Factors:
 class Factorizer(LayerTechnique[ConfigT]):
     """Replaces each target layer by two; write `scheme` and `factors`."""
 
+    tied: frozenset[nn.Parameter] = frozenset()
+    """Weights of the analyzed model that several modules use."""
+
     def scheme(self, layer: nn.Module) -> Scheme:
         """Return in which way the layer's weight is a matrix."""
         raise NotImplementedError
@@ -43,8 +48,12 @@ class Factorizer(LayerTechnique[ConfigT]):
 
     def plan(self, name: str, layer: nn.Module) -> Plan | Skip:
         """Choose the rank and factorize, where that makes the layer smaller and lighter."""
+        if layer.weight in self.tied:
+            return Skip("another module uses the same weight and would keep it, so nothing would be saved")
         scheme: Any = self.scheme(layer)
         matrix = scheme.unfold(layer).detach()
+        if not matrix.any():
+            return Skip("all its weights are zero")
         full = min(matrix.shape[1:])
         spectrum = self.spectrum(matrix) if self.config.energy is not None else None
         rank = self.rank(matrix.shape, spectrum)
@@ -52,6 +61,7 @@ class Factorizer(LayerTechnique[ConfigT]):
         if reason is not None:
             return Skip(reason)
         found = self.factors(matrix, rank)
+        found = Factors(found.left.to(matrix.dtype), found.right.to(matrix.dtype))
         product = found.left.double() @ found.right.double()
         error = torch.linalg.norm(product - matrix.double()) / torch.linalg.norm(matrix.double()).clamp(min=1e-300)
         before, after = matrix.numel(), found.left.numel() + found.right.numel()
@@ -70,19 +80,32 @@ class Factorizer(LayerTechnique[ConfigT]):
         built: nn.Module = scheme.build(layer, plan.detail.left, plan.detail.right)
         return built
 
+    def analyze(self, model: nn.Module, task: Task) -> Analysis:
+        """Plan every target layer, but none whose weight is tied to another's."""
+        self.tied = tied_weights(model)
+        return super().analyze(model, task)
+
+    def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
+        """Apply the plans."""
+        return leave_fast_path_(super().transform(model, analysis, task))
+
     def predict(self, model: nn.Module) -> nn.Module:
         """Return the model with the layers replaced, where the rank does not depend on the weights."""
         if self.config.energy is not None:
             return model
         model = copy.deepcopy(model)
+        tied = tied_weights(model)
         for _, layer in list(select(model, self.config)):
+            if layer.weight in tied:
+                continue
             scheme: Any = self.scheme(layer)
             groups, rows, columns = scheme.unfold(layer).shape
             rank = self.rank((groups, rows, columns), None)
             if _why_not(scheme, layer, (groups, rows, columns), rank) is None:
-                left, right = layer.weight.new_empty(groups, rows, rank), layer.weight.new_empty(groups, rank, columns)  # type: ignore[operator,union-attr]
+                weight = layer.get_parameter("weight")
+                left, right = weight.new_empty(groups, rows, rank), weight.new_empty(groups, rank, columns)
                 replace_(model, layer, scheme.build(layer, left, right))
-        return model
+        return leave_fast_path_(model)
 
     def rank(self, shape: tuple[int, ...], spectrum: torch.Tensor | None) -> int:
         """Return the rank that the options ask for, from 1 to the full one; 0 when not even 1 fits."""

@@ -95,13 +95,15 @@ Scheme = LinearScheme | ChannelScheme | SpatialScheme
 
 def _empty(layer: nn.Module, kind: type[nn.Module], *arguments: Any, **options: Any) -> Any:
     weight = layer.get_parameter("weight")
-    return torch.nn.utils.skip_init(kind, *arguments, device=weight.device, dtype=weight.dtype, **options)
+    return torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        kind, *arguments, device=weight.device, dtype=weight.dtype, **options
+    )
 
 
 def _filled(layer: Any, first: Any, second: Any, inner: torch.Tensor, outer: torch.Tensor) -> nn.Sequential:
     for module, value in ((first, inner), (second, outer)):
         module.weight = nn.Parameter(
-            value.reshape(module.weight.shape).to(module.weight.dtype).contiguous(),
+            value.reshape(module.weight.shape).to(module.weight.dtype).clone(memory_format=torch.contiguous_format),
             requires_grad=layer.weight.requires_grad,
         )
     second.bias = layer.bias

@@ -25,7 +25,8 @@ class Svd(Factorizer[SvdConfig]):
 
     def spectrum(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return the singular values."""
-        return torch.linalg.svdvals(_precise(matrix))
+        values: torch.Tensor = torch.linalg.svdvals(_precise(matrix))
+        return values
 
     def factors(self, matrix: torch.Tensor, rank: int) -> Factors:
         """Return `U sqrt(S)` and `sqrt(S) V^T`, cut to the rank (Tai et al. 2016, theorem 1)."""

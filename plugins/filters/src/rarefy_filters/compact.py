@@ -35,9 +35,9 @@ class CompactBlock(LayerTechnique[ConfigT]):
         if reason is not None:
             return Skip(reason)
         block = self.build(layer)
-        before, after = layer.weight.numel(), sum(p.numel() for p in block.parameters() if p.dim() > 1)
+        before, after = (sum(p.numel() for p in module.parameters()) for module in (layer, block))
         scores = {"relative_error": self.fill_(block, layer), "parameters_before": before, "parameters_after": after}
-        return Plan(f"{after:,} weights in place of {before:,}", scores)
+        return Plan(f"{after:,} parameters in place of {before:,}", scores)
 
     def apply(self, layer: nn.Module, plan: Plan) -> nn.Module:
         """Return the block, its weights from the kernel."""
@@ -57,7 +57,7 @@ class CompactBlock(LayerTechnique[ConfigT]):
 
 def conv(layer: nn.Conv2d, *arguments: Any, **options: Any) -> nn.Conv2d:
     """Return an uninitialised convolution on the device and of the type of `layer`."""
-    made: nn.Conv2d = torch.nn.utils.skip_init(
+    made: nn.Conv2d = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Conv2d, *arguments, device=layer.weight.device, dtype=layer.weight.dtype, **options
     )
     return made

@@ -25,8 +25,8 @@ class DepthwiseSeparable(CompactBlock[DepthwiseSeparableConfig]):
             return f"it has {layer.groups} groups already"
         if taps == 1:
             return "its kernel is 1 x 1 already"
-        m, out = self.config.multiplier, layer.out_channels
-        if m * (taps + out) >= taps * out:
+        m, out, norm = self.config.multiplier, layer.out_channels, 2 * self.config.batchnorm
+        if m * (taps + out + norm) >= taps * out:
             return f"with {m} filters per channel it would not have fewer parameters or FLOPs"
         return None
 
@@ -38,7 +38,11 @@ class DepthwiseSeparable(CompactBlock[DepthwiseSeparableConfig]):
             layer.in_channels, False, layer.padding_mode,
         )  # fmt: skip
         pointwise = conv(layer, inner, layer.out_channels, 1, bias=layer.bias is not None)
-        norm = [nn.BatchNorm2d(inner, device=layer.weight.device)] if self.config.batchnorm else []
+        norm = (
+            [nn.BatchNorm2d(inner, device=layer.weight.device, dtype=layer.weight.dtype)]
+            if self.config.batchnorm
+            else []
+        )
         return nn.Sequential(depthwise, *norm, pointwise)
 
     def fill_(self, block: Any, layer: nn.Conv2d) -> float:

@@ -66,7 +66,9 @@ class WeightCriterion(Technique[ConfigT]):
                 if before == after:
                     skipped.append(_skip(weight, _why_unchanged(budget, before)))
                 else:
-                    layers.append(_report(weight, before, after))
+                    # how a common budget falls on its layers can change while it is spent during fine-tuning
+                    open_ended = self.config.schedule == "cubic" and len(budget.weights) > 1
+                    layers.append(_report(weight, before, after, "about " if open_ended else ""))
         return Analysis(tuple(layers), tuple(skipped))
 
     def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
@@ -167,11 +169,11 @@ def _why_unchanged(budget: Budget, alive: int) -> str:
     return "none of its weights is among the lowest of all layers"
 
 
-def _report(weight: LayerWeight, before: int, after: int) -> LayerReport:
+def _report(weight: LayerWeight, before: int, after: int, about: str) -> LayerReport:
     total = weight.parameter.numel()
     return LayerReport(
         name=weight.name,
         kind=weight.kind,
-        action=f"keep {after:,} of {before:,} weights ({after / total:.1%})",
+        action=f"keep {about}{after:,} of {before:,} weights ({after / total:.1%})",
         scores={"sparsity": 1 - after / total, "parameters_after": after},
     )
