@@ -24,9 +24,9 @@ def test_published_sizes() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_runs_and_can_be_built_without_values(name: str) -> None:
     model = build_model(ModelReference(source=f"zoo:{name}")).eval()
-    size = 8 if name in ("digits_cnn", "mlp") else 28
-    channels = 1 if name in ("digits_cnn", "mlp", "lenet5", "lenet300") else 3
-    inputs = torch.randint(0, 50, (2, 12)) if name == "gpt_tiny" else torch.rand(2, channels, size, size)
+    shapes = {"digits_cnn": (1, 8, 8), "mlp": (1, 8, 8), "lenet5": (1, 28, 28), "lenet300": (1, 28, 28)}
+    images = torch.rand(2, *shapes.get(name, (3, 32, 32)))
+    inputs = torch.randint(0, 50, (2, 12)) if name == "gpt_tiny" else images
     with torch.no_grad():
         out = model(inputs)
     assert out.shape == ((2, 12, out.shape[-1]) if name == "gpt_tiny" else (2, 10))

@@ -90,7 +90,7 @@ def test_a_student_learns_and_its_file_is_its_own(
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.classes = nn.Linear(64, 10)
+        self.classes = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.classes(x.flatten(1)), x
