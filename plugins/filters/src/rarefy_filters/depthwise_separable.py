@@ -38,8 +38,7 @@ class DepthwiseSeparable(CompactBlock[DepthwiseSeparableConfig]):
             layer.in_channels, False, layer.padding_mode,
         )  # fmt: skip
         pointwise = conv(layer, inner, layer.out_channels, 1, bias=layer.bias is not None)
-        place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        norm = [nn.BatchNorm2d(inner, **place)] if self.config.batchnorm else []
+        norm = [nn.BatchNorm2d(inner).to(layer.weight)] if self.config.batchnorm else []
         return nn.Sequential(depthwise, *norm, pointwise)
 
     def fill_(self, block: Any, layer: nn.Conv2d) -> float:
