@@ -104,6 +104,14 @@ class TestLloyd:
         assert nearest(ordered, centroids).bincount(minlength=8).min() > 0
         assert error(ordered, centroids) < 0.2 * float((ordered.abs() - 1000).square().sum())
 
+    @pytest.mark.parametrize("copies", [3, 10, 100])
+    def test_values_one_rounding_step_apart_are_told_apart(self, copies: int) -> None:
+        low = torch.tensor([0.1], dtype=torch.float64)
+        high = torch.nextafter(low, low + 1)
+        ordered = torch.cat([low.repeat(copies), high.repeat(2)])
+        centroids = lloyd(ordered, low + torch.tensor([5.0, 6.0], dtype=torch.float64), 100)
+        torch.testing.assert_close(centroids, low.repeat(2), rtol=1e-14, atol=0)
+
     def test_repeated_values_do_not_break_it(self) -> None:
         ordered = torch.tensor([0.0] * 500 + [1.0] * 500 + [1.5, 2.0, 7.0, 7.25], dtype=torch.float64)
         for init, start_of in INITS.items():

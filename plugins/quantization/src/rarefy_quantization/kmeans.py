@@ -22,5 +22,5 @@ class KMeans(TensorQuantizer[KMeansConfig]):
         if codebook.numel() > count:
             start = INITS[self.config.init](ordered, count, generator)
             codebook = lloyd(ordered, start, self.config.rounds)
-        codebook = torch.unique_consecutive(codebook.to(values.dtype))
+        codebook = torch.unique(codebook.to(values.dtype))
         return nearest(precise, codebook.double()), codebook
