@@ -239,6 +239,24 @@ def test_state_that_no_file_can_hold_is_found_at_once(digits: ClassificationTask
         run(recipe(), tmp_path, model=Hidden(), task=digits)
 
 
+def test_a_forward_that_reads_a_replaced_layer(digits: ClassificationTask, tmp_path: Path) -> None:
+    class Curious(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x.flatten(1)) * self.one.out_features)
+
+    step: dict[str, Any] = {"technique": "factorization/svd"}
+    with pytest.raises(StageError, match=r"no longer runs: AttributeError.*targets\.exclude"):
+        run(recipe(steps=[step]), tmp_path / "a", model=Curious(), task=digits)
+    result = run(
+        recipe(steps=[{**step, "targets": {"exclude": ["one"]}}]), tmp_path / "b", model=Curious(), task=digits
+    )
+    assert result.report.steps[0].layers[0].name == "two"
+
+
 def test_a_step_that_would_change_nothing_is_an_error_unless_allowed(
     digits: ClassificationTask, tmp_path: Path
 ) -> None:

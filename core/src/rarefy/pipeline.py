@@ -203,6 +203,7 @@ class Pipeline:
         if not isinstance(changed, nn.Module):
             raise StageError(f"{type(technique).__name__}.transform returned {changed!r}; return a Module")
         changed.to(self.recipe.device)
+        _try_out(changed, self.task, self.recipe.device, technique.config.registered_name())
         distributed.same_everywhere_(changed)
         training: tuple[dict[str, float], ...] = ()
         if technique.config.finetune is not None:
@@ -400,8 +401,25 @@ def _refuse_broken_weights(model: nn.Module) -> None:
         )
 
 
+def _example(task: Task, device: str) -> list[Any]:
+    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in task.example_inputs(2)]
+
+
+def _try_out(model: nn.Module, task: Task, device: str, name: str) -> None:
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(*_example(task, device))
+    except Exception as error:  # the model's forward is the user's code
+        raise StageError(
+            f"after {name!r} the model no longer runs: {type(error).__name__}: {error}. Its forward may read an "
+            "attribute of a layer that was replaced; name that layer in `targets.exclude`"
+        ) from error
+    model.train(was_training)
+
+
 def _same_outputs(before: nn.Module, after: nn.Module, task: Task, device: str) -> None:
-    inputs = [x.to(device) if isinstance(x, torch.Tensor) else x for x in task.example_inputs(2)]
+    inputs = _example(task, device)
     with torch.no_grad():
         pairs = zip(flat(before.eval()(*inputs)), flat(after(*inputs)), strict=True)
         if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs):

@@ -95,6 +95,12 @@ def select(model: nn.Module, config: TechniqueConfig) -> Iterator[tuple[str, nn.
         )
 
 
+def refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise `StageError` when a value of layer `name` is NaN or infinite."""
+    if not torch.isfinite(tensor).all():
+        raise StageError(f"layer {name!r} has weights that are NaN or infinite; retrain or reload the model")
+
+
 @dataclass(frozen=True)
 class Skip:
     """The reason why a layer is left alone."""
@@ -132,8 +138,8 @@ class LayerTechnique(Technique[ConfigT]):
             if weight is not None and weight.numel() == 0:
                 skipped.append(SkippedLayer(name=name, kind=kind, reason="it has no weights"))
                 continue
-            if weight is not None and not torch.isfinite(weight).all():
-                raise StageError(f"layer {name!r} has weights that are NaN or infinite; retrain or reload the model")
+            if weight is not None:
+                refuse_not_finite(name, weight)
             with torch.no_grad():
                 plan = self.plan(name, layer)
             if isinstance(plan, Skip):

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-import torch
 from rarefy_schemas import SkippedLayer, TechniqueConfig
 from torch import nn
 
 from rarefy.errors import StageError
-from rarefy.technique import select
+from rarefy.technique import refuse_not_finite, select
 
 V = TypeVar("V")
 
@@ -58,12 +57,6 @@ def layer_weights(model: nn.Module, config: TechniqueConfig) -> tuple[list[Layer
             continue
         skipped.append(SkippedLayer(name=name, kind=type(layer).__name__, reason=reason))
     return weights, skipped
-
-
-def refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise `StageError` when a value of layer `name` is NaN or infinite."""
-    if not torch.isfinite(tensor).all():
-        raise StageError(f"layer {name!r} has weights that are NaN or infinite; retrain or reload the model")
 
 
 def per_layer(names: Sequence[str], values: Mapping[str, V], default: V) -> dict[str, V]:

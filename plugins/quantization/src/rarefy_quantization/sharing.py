@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from rarefy.seeds import derive
 from rarefy.task import Task
-from rarefy.technique import Analysis, Technique
-from rarefy.weights import LayerWeight, layer_weights, per_layer, refuse_not_finite
+from rarefy.technique import Analysis, Technique, refuse_not_finite
+from rarefy.weights import LayerWeight, layer_weights, per_layer
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
