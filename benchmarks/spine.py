@@ -145,6 +145,7 @@ def main() -> None:
             coder(kept, levels) for kept, levels in ((1.0, 16), (1.0, 32), (0.2, 32), (0.1, 32), (0.05, 32), (1.0, 3))
         ]
         results = {"quickstart": [quickstart(seed) for seed in SEEDS], "coder": coders}
+        RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     PAGE.write_text(page(json.loads(RESULTS.read_text())))
 
