@@ -60,7 +60,7 @@ def coder(kept: float, levels: int, size: int = 1_000_000) -> dict[str, float]:
     values = np.random.default_rng(0).normal(size=size).astype(np.float32)
     values[np.abs(values) < np.quantile(np.abs(values), 1 - kept)] = 0
     step = 2 * np.abs(values).max() / levels
-    values = (np.round(values / step) * step).astype(np.float32)
+    values = (np.round(values / step) * step + 0.0).astype(np.float32)  # -0.0 would be a symbol of its own
     codes, counts = np.unique(values, return_counts=True)
     entropy = float((counts * np.log2(size / counts)).sum()) / size
     bits = values.view(np.uint32)

@@ -239,6 +239,17 @@ def test_state_that_no_file_can_hold_is_found_at_once(digits: ClassificationTask
         run(recipe(), tmp_path, model=Hidden(), task=digits)
 
 
+def test_negative_zeros_cost_nothing(trained: nn.Module, digits: ClassificationTask, tmp_path: Path) -> None:
+    model = copy.deepcopy(trained)
+    with torch.no_grad():
+        for module in (m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))):
+            module.weight.mul_((module.weight.abs() > module.weight.abs().median()).float())
+    assert any(bool((p.eq(0) & p.signbit()).any()) for p in model.parameters())
+    steps = [{"technique": "quantization/kmeans", "bits": 3}]
+    result = run(recipe(steps=steps), tmp_path, model=model, task=digits)
+    assert not any(bool((p.eq(0) & p.signbit()).any()) for p in result.model.parameters())
+
+
 def test_a_forward_that_reads_a_replaced_layer(digits: ClassificationTask, tmp_path: Path) -> None:
     class Curious(nn.Module):
         def __init__(self) -> None:

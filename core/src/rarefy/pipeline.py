@@ -210,6 +210,7 @@ class Pipeline:
             training = self._finetune(technique, changed, original, technique.config.finetune, index)
         changed = technique.consolidate(changed).eval()
         _refuse_broken_weights(changed)
+        _one_zero_(changed)
         return changed, training
 
     def _finetune(
@@ -399,6 +400,14 @@ def _refuse_broken_weights(model: nn.Module) -> None:
             f"the model has weights that are NaN or infinite: {', '.join(broken[:5])}"
             f"{' and others' if len(broken) > 5 else ''}; lower the learning rate, or mend the file they come from"
         )
+
+
+@torch.no_grad()
+def _one_zero_(model: nn.Module) -> None:
+    """Turn -0.0, which `weight * mask` leaves, into 0.0: it computes the same, and telling them apart costs bytes."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.add_(0.0)
 
 
 def _example(task: Task, device: str) -> list[Any]:
