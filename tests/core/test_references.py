@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rarefy.errors import RecipeError
 from rarefy.references import build_model, build_task
+from rarefy.weightfiles import load_weights
 from rarefy_schemas import ModelReference, TaskReference
 from safetensors.torch import save_file
 from torch import nn
 
 CODE = """\
+import random
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -36,7 +42,16 @@ def fails():
 
 def number():
     return 7
+
+def draws():
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, np.random.rand() + random.random())
+    return model
+
+MODEL = nn.Linear(1, 1)
 """
+
+TIED = {"tied": True}
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +98,11 @@ def test_random_weights_come_from_the_seed_and_disturb_nobody() -> None:
         ("./net.py:biuld", "Did you mean 'build'"),
         ("./net.py:fails", "failed with ValueError: no such luck"),
         ("./net.py:number", "returned int, not a Module"),
+        ("./net.py:MODEL", "is a network; name a function that returns it"),
+        ("./net.py:Linear", "Allowed: Net, build, draws, fails, number"),
+        ("./net:build", "'./net' is no module; for a file write its ending too"),
+        ("math:tau", "has no callable 'tau'"),
+        ("builtins:dict", "returned dict, not a Module"),
     ],
 )
 def test_wrong_references(source: str, message: str) -> None:
@@ -98,6 +118,34 @@ def test_wrong_options_and_broken_files(tmp_path: Path) -> None:
         model("./broken.py:build")
     with pytest.raises(RecipeError, match="has no tasks, only models"):
         build_task(TaskReference(source="zoo:lenet5"))
+
+
+def test_files_import_what_lies_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "beside.py").write_text("WIDTH = 6")
+    (tmp_path / "nets" / "wide.py").write_text(
+        "from beside import WIDTH\nfrom torch import nn\ndef build(): return nn.Linear(2, WIDTH)"
+    )
+    path = list(sys.path)
+    assert model("./nets/wide.py:build").out_features == 6
+    assert sys.path == path
+
+
+def test_a_module_that_lacks_another_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lacking.py").write_text("import no_such_package")
+    with pytest.raises(RecipeError, match=r"importing lacking failed .* No module named 'no_such_package'"):
+        model("lacking:build")
+
+
+def test_every_generator_of_a_builder_is_seeded_and_put_back() -> None:
+    np.random.seed(3)
+    expected = np.random.rand()
+    np.random.seed(3)
+    one, same, other = (build_model(ModelReference(source="./net.py:draws"), seed=seed) for seed in (1, 1, 2))
+    assert np.random.rand() == expected
+    assert torch.equal(one.weight, same.weight)
+    assert not torch.equal(one.weight, other.weight)
 
 
 def test_untrusted_references_run_no_code() -> None:
@@ -125,20 +173,58 @@ def test_tied_weights_are_read_from_a_file_that_stores_them_once() -> None:
     assert read.two.weight is read.one.weight
 
 
+def test_tied_weights_that_differ_in_the_file_are_refused() -> None:
+    state = {name: tensor.clone() for name, tensor in model("./net.py:build", options=TIED).state_dict().items()}
+    save_file({**state, "two.weight": state["two.weight"] + 1}, "w.safetensors")
+    with pytest.raises(RecipeError, match=r"one tensor in the model, several in the file: one\.weight and two\.weight"):
+        model("./net.py:build", options=TIED, weights="w.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_names_of_wrapped_models_are_understood(prefix: str) -> None:
+    state = model("./net.py:build").state_dict()
+    torch.save({prefix + name: tensor + 1 for name, tensor in state.items()}, "w.pt")
+    read = model("./net.py:build", weights="w.pt").state_dict()
+    assert all(torch.equal(read[name], tensor + 1) for name, tensor in state.items())
+
+
+def test_a_model_whose_own_names_have_that_prefix_is_left_alone() -> None:
+    net = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    torch.save({name: tensor + 1 for name, tensor in net.state_dict().items()}, "w.pt")
+    expected = net["module"].bias + 1
+    load_weights(net, Path("w.pt"))
+    assert torch.equal(net["module"].bias, expected)
+
+
+def test_batch_norm_without_its_count_is_read() -> None:
+    norm = nn.BatchNorm1d(2)
+    state = {name: tensor + 3 for name, tensor in norm.state_dict().items() if name != "num_batches_tracked"}
+    torch.save(state, "w.pt")
+    load_weights(norm, Path("w.pt"))
+    assert norm.weight.tolist() == [4, 4]
+
+
+def test_an_empty_tensor_is_not_taken_for_a_tied_one() -> None:
+    net = nn.ParameterDict({"a": torch.zeros(0), "b": torch.zeros(0)})
+    save_file({"a": torch.zeros(0)}, "w.safetensors")
+    with pytest.raises(RecipeError, match="missing in the file: b"):
+        load_weights(net, Path("w.safetensors"))
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, ("touch was_run",)
 
 
-@pytest.mark.parametrize("writer", ["torch", "pickle"])
+@pytest.mark.parametrize("writer", ["torch", "old torch", "pickle", "old pickle"])
 def test_a_pickle_is_refused_with_what_it_would_import(tmp_path: Path, writer: str) -> None:
-    if writer == "torch":
-        torch.save({"one.weight": Evil()}, "w.pt")
+    if "torch" in writer:
+        torch.save({"one.weight": Evil()}, "w.pt", _use_new_zipfile_serialization=writer == "torch")
     else:
-        (tmp_path / "w.pt").write_bytes(pickle.dumps(Evil()))
+        (tmp_path / "w.pt").write_bytes(pickle.dumps(Evil(), protocol=0 if "old" in writer else None))
     with pytest.raises(RecipeError, match="pickle that holds more than tensors") as error:
         model("./net.py:build", weights="w.pt")
-    assert writer == "pickle" or "posix.system" in str(error.value)
+    assert "it would import posix.system" in str(error.value)
     assert not (tmp_path / "was_run").exists()
 
 
@@ -149,6 +235,7 @@ def test_a_pickle_is_refused_with_what_it_would_import(tmp_path: Path, writer: s
         (lambda s: s.update(extra=torch.ones(1)), "not in the model: extra"),
         (lambda s: s.update({"one.bias": torch.ones(9)}), r"one.bias is \(9,\) in the file, \(3,\) in the model"),
         (lambda s: s.update({"one.bias": torch.full((3,), torch.nan)}), "NaN or infinite: one.bias"),
+        (lambda s: s.update({"one.bias": torch.ones(3, dtype=torch.int8)}), "one.bias is torch.int8 in the file"),
     ],
 )
 def test_weights_that_do_not_fit(change: Any, message: str) -> None:

@@ -50,3 +50,9 @@ def test_a_causal_network_does_not_see_the_future() -> None:
 def test_an_option_that_is_not_there() -> None:
     with pytest.raises(RecipeError, match="has no option 'classes'"):
         build_model(ModelReference(source="zoo:lenet5", options={"classes": 3}))
+
+
+def test_images_too_small_for_the_network() -> None:
+    with pytest.raises(RecipeError, match="at least 16x16"):
+        build_model(ModelReference(source="zoo:lenet5", options={"size": 12}))
+    assert ZOO["lenet5"](size=16)(torch.rand(1, 1, 16, 16)).shape == (1, 10)

@@ -16,11 +16,10 @@ def call(builder: Callable[..., Any], options: Mapping[str, Any], name: str, kin
 
     Raises `RecipeError` for options it does not have, when it fails, or when the result is no `kind`.
     """
-    parameters = inspect.signature(builder).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [] if open_ended else [option for option in options if option not in parameters]
+    allowed = _options(builder)
+    unknown = [option for option in options if allowed is not None and option not in allowed]
     if unknown:
-        raise RecipeError(f"{name} has no option {unknown[0]!r}. {did_you_mean(unknown[0], parameters)}")
+        raise RecipeError(f"{name} has no option {unknown[0]!r}. {did_you_mean(unknown[0], allowed or ())}")
     try:
         made = builder(**options)
     except RarefyError:
@@ -30,3 +29,14 @@ def call(builder: Callable[..., Any], options: Mapping[str, Any], name: str, kin
     if not isinstance(made, kind):
         raise RecipeError(f"{name} returned {type(made).__name__}, not a {kind.__name__}")
     return made
+
+
+def _options(builder: Callable[..., Any]) -> list[str] | None:
+    """Return the names a builder takes as keywords, None when it takes any or does not say."""
+    try:
+        parameters = inspect.signature(builder).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-import torch
 from rarefy_schemas import ModelReference, TaskReference
 from torch import nn
 
@@ -20,6 +21,7 @@ from rarefy.calling import call
 from rarefy.errors import RarefyError, RecipeError, did_you_mean
 from rarefy.nouns import implement
 from rarefy.registry import get
+from rarefy.seeds import seeded
 from rarefy.source import Source
 from rarefy.task import Task
 
@@ -33,12 +35,10 @@ def build_model(
 
     `trusted=False` refuses references that run the user's own code. Raises `RecipeError`.
     """
-    # the caller's random numbers are not disturbed
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = _build(reference.source, reference.options, "model", nn.Module, trusted)
     if load_weights and reference.weights is not None:
-        weightfiles.load_weights(model, Path(reference.weights))
+        weightfiles.load_weights(model, Path(reference.weights).expanduser())
     return model
 
 
@@ -55,13 +55,15 @@ def _build(source: str, options: dict[str, Any], kind: str, type_: type[T], trus
         known = found.names()
         if known and name not in known:
             raise RecipeError(f"{scheme!r} has no {kind} {name!r}. {did_you_mean(name, known)}")
-        return call(getattr(found, kind), {"name": name, **options}, source, type_)
+        return call(partial(getattr(found, kind), name), options, source, type_)
     if not trusted:
-        raise RecipeError(f"{source!r} is somebody's own code, which is not run here")
+        raise RecipeError(
+            f"{source!r} is somebody's own code, which is not run here; import it yourself and hand over what it builds"
+        )
     return call(_callable(source, sources), options, source, type_)
 
 
-def _callable(source: str, sources: Any) -> Callable[..., Any]:
+def _callable(source: str, sources: Iterable[str]) -> Callable[..., Any]:
     place, colon, name = source.rpartition(":")
     if not colon or not place:
         raise RecipeError(
@@ -70,20 +72,29 @@ def _callable(source: str, sources: Any) -> Callable[..., Any]:
         )
     module = _file(Path(place)) if place.endswith(".py") else _module(place, source, sources)
     found = getattr(module, name, None)
+    if isinstance(found, nn.Module):
+        raise RecipeError(
+            f"{source!r} is a network; name a function that returns it, since each call must be a new one"
+        )
     if not callable(found):
-        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        public = [n for n in own if not n.startswith("_")]
         raise RecipeError(f"{place} has no callable {name!r}. {did_you_mean(name, public)}")
     return found  # type: ignore[no-any-return]
 
 
-def _module(place: str, source: str, sources: Any) -> ModuleType:
+def _module(place: str, source: str, sources: Iterable[str]) -> ModuleType:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise RecipeError(f"{source!r}: {place!r} is no module; for a file write its ending too, ./file.py:callable")
     try:
         return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise RecipeError(
-            f"{source!r}: there is neither a source nor a module {place!r} ({error}). {did_you_mean(place, sources)}"
-        ) from error
     except Exception as error:  # importing runs the user's code
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{place}.".startswith(f"{missing}."):
+            raise RecipeError(
+                f"{source!r}: there is neither a source nor a module {place!r}. {did_you_mean(place, sources)} For a "
+                "file in the current folder write ./file.py:callable"
+            ) from error
         raise RecipeError(f"{source!r}: importing {place} failed with {type(error).__name__}: {error}") from error
 
 
@@ -100,6 +111,9 @@ def _file(path: Path) -> ModuleType:
         raise RecipeError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    # as when Python runs a script, files beside it can be imported
+    beside = str(path.resolve().parent)
+    sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
     except RarefyError:
@@ -108,4 +122,7 @@ def _file(path: Path) -> ModuleType:
     except Exception as error:  # the file is the user's code
         del sys.modules[name]
         raise RecipeError(f"running {path} failed with {type(error).__name__}: {error}") from error
+    finally:
+        with contextlib.suppress(ValueError):  # the file may have taken it away itself
+            sys.path.remove(beside)
     return module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-import zipfile
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rarefy.errors import RecipeError
+from rarefy.pickles import imports
+
+_PREFIXES = ("module.", "_orig_mod.")  # of wrappers for several devices and of torch.compile
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -25,6 +28,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise RecipeError(f"there is no weights file {path}")
     state = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    state = _unwrapped(state, list(model.state_dict()))
     _refuse_broken(state, path)
     _refuse_misfit(model, state, path)
     model.load_state_dict(state, strict=False)
@@ -60,35 +64,62 @@ def _torch(path: Path) -> dict[str, torch.Tensor]:
 def _would_import(path: Path) -> str:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError):
-        return "what it would import cannot be listed"
+    except Exception:  # not the format of today's torch.save
+        names = imports(path)
     return f"it would import {', '.join(names)}" if names else "it uses pickle features beyond tensors"
 
 
+def _unwrapped(state: dict[str, torch.Tensor], own: list[str]) -> dict[str, torch.Tensor]:
+    """Take off the prefixes that wrappers put before every name, unless the model's own names have them."""
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in state.items()}, own)
+    return state
+
+
 def _refuse_broken(state: dict[str, torch.Tensor], path: Path) -> None:
-    broken = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    numbers = {name: t for name, t in state.items() if t.is_floating_point() or t.is_complex()}
+    broken = [name for name, tensor in numbers.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise RecipeError(f"{path} has weights that are NaN or infinite: {', '.join(broken[:5])}")
 
 
-def _refuse_misfit(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def _refuse_misfit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
     own = model.state_dict()
-    tensors: dict[int, str] = {}
-    for name in state:
-        if name in own:
-            tensors.setdefault(own[name].data_ptr(), name)
-    # safetensors stores a tied tensor once
-    missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in tensors]
-    extra = [name for name in state if name not in own]
-    shapes = [
-        f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in state
-        if name in own and state[name].shape != own[name].shape
-    ]
-    problems = [
-        f"{what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in (("missing in the file", missing), ("not in the model", extra), ("other shapes", shapes))
-        if names
-    ]
-    if problems:
-        raise RecipeError(f"the weights of {path} do not fit the model; {'; '.join(problems)}")
+    both = [name for name in state if name in own]
+    problems = {
+        "missing in the file": _missing(own, state),
+        "not in the model": [name for name in state if name not in own],
+        "other shapes": [
+            f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+            for name in both
+            if state[name].shape != own[name].shape
+        ],
+        "other kinds of numbers": [
+            f"{name} is {state[name].dtype} in the file, {own[name].dtype} in the model"
+            for name in both
+            if state[name].is_floating_point() != own[name].is_floating_point()
+        ],
+        "one tensor in the model, several in the file": _torn(own, state, both),
+    }
+    told = [f"{what}: {', '.join(n[:5])}{', ...' if len(n) > 5 else ''}" for what, n in problems.items() if n]
+    if told:
+        raise RecipeError(f"the weights of {path} do not fit the model; {'; '.join(told)}")
+
+
+def _place(name: str, tensor: torch.Tensor) -> Hashable:
+    """Return what two names of one tensor have in common."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+
+
+def _missing(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    # safetensors stores a tied tensor once, and torch before 0.4.1 did not count the batches of a normalization
+    given = {_place(name, tensor) for name, tensor in own.items() if name in state}
+    absent = [name for name, tensor in own.items() if name not in state and _place(name, tensor) not in given]
+    return [name for name in absent if name.rpartition(".")[2] != "num_batches_tracked"]
+
+
+def _torn(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], both: list[str]) -> list[str]:
+    first: dict[Hashable, str] = {}
+    pairs = [(first.setdefault(_place(name, own[name]), name), name) for name in both]
+    return [f"{one} and {other}" for one, other in pairs if not torch.equal(state[one], state[other])]

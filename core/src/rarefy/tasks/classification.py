@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rarefy_schemas import Split
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
 from rarefy.errors import RecipeError
-from rarefy.seeds import derive
+from rarefy.measure.mode import device_of, evaluation, move
+from rarefy.seeds import derive, seeded
+from rarefy.tasks.splits import set_aside
 
 Data = tuple[Any, Any]
 
 
 class _Batches(Dataset[Any]):
-    """A data set that a loader may index by a whole batch."""
+    """A data set that a loader may index by a whole batch; a batch is a list of tensors."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data
@@ -33,7 +36,8 @@ class _Batches(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> Any:
         if isinstance(self.data, TensorDataset):  # one gather instead of a sample at a time
             return [tensor[torch.as_tensor(indices)] for tensor in self.data.tensors]
-        return torch.utils.data.default_collate([self.data[i] for i in indices])
+        batch = torch.utils.data.default_collate([self.data[i] for i in indices])
+        return batch if isinstance(batch, list | tuple) else [batch]
 
 
 def _whole(batch: Any) -> Any:
@@ -64,29 +68,44 @@ class ClassificationTask:
     ) -> ClassificationTask:
         """Make a task of arrays or tensors, first dimension samples; `labels` may be None.
 
-        Where `test` or `validation`, pairs of inputs and labels, are absent, a fifth and a tenth of the samples are set
-        aside by `seed`, each class in proportion. Raises `RecipeError` when sizes do not match, labels are no class
-        numbers, or values are not finite.
+        Where `test` or `validation`, pairs of inputs and labels, are absent, a fifth of the samples and a tenth of the
+        rest are set aside by `seed`, each class in proportion. Values of double precision become single.
+        Raises `RecipeError` when sizes do not match, labels are no class numbers, values are not finite, or there are
+        too few samples.
         """
-        train = _tensors((inputs, labels), "train")
-        parts: dict[Split, tuple[torch.Tensor, ...]] = {}
-        for name, given, share in (("test", test, 0.2), ("validation", validation, 0.1)):
-            if given is None:
-                train, parts[name] = _set_aside(train, share, derive(seed, name))  # type: ignore[index]
-            else:
-                parts[name] = _tensors(given, name)  # type: ignore[index]
-        parts["train"] = train
-        labelled = {len(part) == 2 for part in parts.values()}
-        if len(labelled) > 1:
-            raise RecipeError("some splits have labels and others have none; give labels to all or to none")
-        return cls({name: TensorDataset(*part) for name, part in parts.items()}, batch_size, labelled.pop())
+        return cls.from_datasets(
+            _tensors((inputs, labels), "train"),
+            validation=None if validation is None else _tensors(validation, "validation"),
+            test=None if test is None else _tensors(test, "test"),
+            batch_size=batch_size,
+            seed=seed,
+        )
 
     @classmethod
     def from_datasets(
-        cls, train: Dataset[Any], test: Dataset[Any], validation: Dataset[Any], *, batch_size: int = 64
+        cls,
+        train: Dataset[Any],
+        *,
+        validation: Dataset[Any] | None = None,
+        test: Dataset[Any] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
     ) -> ClassificationTask:
-        """Make a task of data sets that yield (input, label)."""
-        return cls({"train": train, "validation": validation, "test": test}, batch_size)
+        """Make a task of data sets that yield (input, label), or inputs alone.
+
+        Splits that are absent are set aside as in `from_arrays`; a data set tells the labels of all its samples at once
+        by an attribute `targets`, without which the classes' proportions are left to chance.
+        """
+        splits: dict[Split, Dataset[Any]] = {"train": train}
+        given: tuple[tuple[Split, Dataset[Any] | None, float], ...] = (
+            ("test", test, 0.2),
+            ("validation", validation, 0.1),
+        )
+        for name, data, share in given:
+            if data is None:
+                splits["train"], data = set_aside(splits["train"], share, derive(seed, name), name)
+            splits[name] = data
+        return cls(splits, batch_size, _labelled(splits))
 
     def loader(
         self, split: Split, batch_size: int | None = None, *, shuffle: bool = False, seed: int = 0
@@ -117,64 +136,63 @@ class ClassificationTask:
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         """Return the mean cross-entropy of logits `(samples, classes)`."""
-        return nn.functional.cross_entropy(outputs, self.labels(batch))
+        return nn.functional.cross_entropy(outputs, self.labels(batch).to(outputs.device))
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split) -> float:
         """Return the share of samples whose largest logit is the label's; NaN without labels."""
         if not self.has_labels:
             return math.nan
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        was_training, right, total = model.training, 0, 0
-        model.eval()
-        try:
+        device, right, total = device_of(model), 0, 0
+        with evaluation(model):
             for batch in self.loader(split, max(self.batch_size, 256)):
-                x, y = (part.to(device) for part in batch)
-                right += int((model(x).argmax(-1) == y).sum())
-                total += len(y)
-        finally:
-            model.train(was_training)
+                labels = self.labels(batch)
+                best = model(*move(self.inputs(batch), device)).argmax(-1)
+                right += int((best == labels.to(device)).sum())
+                total += len(labels)
         return right / total
 
     def example_inputs(self, batch_size: int = 1) -> tuple[Any, ...]:
         """Return the first inputs of the training split, repeated when there are too few."""
         data = _Batches(self.splits["train"])
-        indices = [i % len(data) for i in range(batch_size)]
-        return self.inputs(data.__getitems__(indices))
+        with seeded(0):  # a data set may augment its samples at random
+            return self.inputs(data.__getitems__([i % len(data) for i in range(batch_size)]))
 
 
-def _tensors(data: Data, split: str) -> tuple[torch.Tensor, ...]:
+def _tensors(data: Data, split: str) -> TensorDataset:
     inputs, labels = data
-    x = torch.as_tensor(inputs)
-    if len(x) == 0:
+    x = _tensor(inputs)
+    if x.dim() == 0 or len(x) == 0:
         raise RecipeError(f"the split {split!r} is empty")
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise RecipeError(f"the inputs of the split {split!r} have values that are NaN or infinite")
     if labels is None:
-        return (x,)
-    y = torch.as_tensor(labels)
+        return TensorDataset(x)
+    y = _tensor(labels)
+    if y.shape == (len(x), 1):
+        y = y.flatten()
     if y.shape != (len(x),):
         raise RecipeError(f"the split {split!r} has {len(x)} inputs and labels of shape {tuple(y.shape)}")
     if y.is_floating_point() or int(y.min()) < 0:
         raise RecipeError(f"the labels of the split {split!r} must be class numbers from 0 on")
-    return (x, y.long())
+    return TensorDataset(x, y.long())
 
 
-def _set_aside(
-    train: tuple[torch.Tensor, ...], share: float, seed: int
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    kept, aside = split_indices(train[1] if len(train) == 2 else torch.zeros(len(train[0])), [1 - share, share], seed)
-    return tuple(t[kept] for t in train), tuple(t[aside] for t in train)
+def _tensor(values: Any) -> torch.Tensor:
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()  # torch has no read-only tensors
+    tensor = torch.as_tensor(values)
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
-def split_indices(labels: torch.Tensor, shares: Sequence[float], seed: int) -> list[torch.Tensor]:
-    """Return disjoint random index sets with the given shares of every class."""
-    generator = torch.Generator().manual_seed(seed)
-    parts: list[list[torch.Tensor]] = [[] for _ in shares]
-    for label in sorted(set(labels.tolist())):
-        members = (labels == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator)]
-        edges = [round(sum(shares[:i]) * len(members)) for i in range(len(shares) + 1)]
-        for part, start, end in zip(parts, edges, edges[1:], strict=False):
-            part.append(members[start:end])
-    return [torch.cat(part).sort().values for part in parts]
+def _labelled(splits: dict[Split, Dataset[Any]]) -> bool:
+    """Tell whether all splits have labels; raise `RecipeError` when a split is empty or only some have."""
+    found = set()
+    for name, data in splits.items():
+        if len(data) == 0:  # type: ignore[arg-type]
+            raise RecipeError(f"the split {name!r} is empty")
+        with seeded(0):
+            found.add(len(_Batches(data)[0]) > 1)
+    if len(found) > 1:
+        raise RecipeError("some splits have labels and others have none; give labels to all or to none")
+    return found.pop()

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rarefy.errors import RecipeError
-from rarefy.tasks.classification import ClassificationTask, split_indices
-from rarefy.tasks.files import read_cifar, read_idx, read_images, read_npz
+from rarefy.tasks.classification import ClassificationTask
+from rarefy.tasks.files import read_cifar, read_idx, read_npz
+from rarefy.tasks.pictures import Pictures
+from rarefy.tasks.splits import split_indices
 
 FOLDER = "RAREFY_DATA"
 
@@ -61,33 +64,39 @@ def cifar100(folder: str | None = None, seed: int = 0, batch_size: int = 128) ->
 
 
 def npz(file: str, seed: int = 0, batch_size: int = 64) -> ClassificationTask:
-    """Return the arrays of an .npz file: x_train, y_train, x_test, y_test and perhaps x_validation, y_validation."""
+    """Return the arrays of an .npz file: x_train, y_train, x_test, y_test and perhaps x_validation, y_validation.
+
+    Inputs of unsigned bytes are images, (n, h, w), (n, c, h, w) or (n, h, w, c), and become (n, c, h, w) from 0 to 1.
+    """
     arrays = read_npz(Path(file))
-    missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
+    needed = ["x_train", "y_train", "x_test", "y_test"]
+    if "x_validation" in arrays or "y_validation" in arrays:
+        needed += ["x_validation", "y_validation"]
+    missing = [name for name in needed if name not in arrays]
     if missing:
         raise RecipeError(f"{file} lacks the arrays {', '.join(missing)}; it has {', '.join(arrays) or 'none'}")
-    floats = {
-        name: a if name[0] == "y" else np.asarray(a, np.float32) / (255 if a.dtype == np.uint8 else 1)
-        for name, a in arrays.items()
-    }
-    validation = (floats["x_validation"], floats["y_validation"]) if "x_validation" in floats else None
+    train, test, *validation = [(_inputs(arrays[x]), arrays[y]) for x, y in zip(needed[::2], needed[1::2], strict=True)]
     return ClassificationTask.from_arrays(
-        floats["x_train"],
-        floats["y_train"],
-        test=(floats["x_test"], floats["y_test"]),
-        validation=validation,
-        batch_size=batch_size,
-        seed=seed,
+        *train, test=test, validation=validation[0] if validation else None, batch_size=batch_size, seed=seed
     )
 
 
-def images(folder: str, size: int = 64, seed: int = 0, batch_size: int = 32) -> ClassificationTask:
-    """Return a folder with `train/CLASS/*.png` and `test/CLASS/*.png` as (n, 3, size, size) from 0 to 1."""
+def images(
+    folder: str, size: int = 64, grayscale: bool = False, seed: int = 0, batch_size: int = 32
+) -> ClassificationTask:
+    """Return a folder with `train/CLASS/*.png`, and perhaps `validation/` and `test/`, as (n, 3, size, size), 0 to 1.
+
+    A picture gives the largest square in its middle; it is read when it is needed.
+    """
     classes = sorted(path.name for path in (Path(folder) / "train").glob("*") if path.is_dir())
     if not classes:
         raise RecipeError(f"there are no class folders in {folder}/train")
-    train, test = (read_images(Path(folder) / split, classes, size) for split in ("train", "test"))
-    return _official(train, test, seed, batch_size)
+    train, validation, test = (
+        Pictures(Path(folder) / split, classes, size, grayscale) if (Path(folder) / split).is_dir() else None
+        for split in ("train", "validation", "test")
+    )
+    assert train is not None  # it has class folders
+    return ClassificationTask.from_datasets(train, validation=validation, test=test, batch_size=batch_size, seed=seed)
 
 
 DATA: dict[str, Callable[..., ClassificationTask]] = {
@@ -100,6 +109,17 @@ DATA: dict[str, Callable[..., ClassificationTask]] = {
     "mnist-5k": mnist_5k,
     "npz": npz,
 }
+
+
+def _inputs(array: NDArray[Any]) -> NDArray[Any]:
+    """Return single precision, and images with their channels in front, from 0 to 1."""
+    if array.dtype != np.uint8:
+        return array.astype(np.float32)
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[3] in (1, 3) and array.shape[1] not in (1, 3):
+        array = np.moveaxis(array, 3, 1)
+    return np.ascontiguousarray(array, np.float32) / 255
 
 
 def _needs(module: str, name: str, command: str) -> Any:
@@ -120,8 +140,8 @@ def _folder(given: str | None, name: str) -> Path:
 
 
 def _idx(folder: Path, seed: int, batch_size: int) -> ClassificationTask:
-    train = read_idx(folder, "train-images-idx3-ubyte", "train-labels-idx1-ubyte")
-    test = read_idx(folder, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    train = read_idx(folder, "train-images-idx3-ubyte", "train-labels-idx1-ubyte", 10)
+    test = read_idx(folder, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", 10)
     return _official(train, test, seed, batch_size)
 
 

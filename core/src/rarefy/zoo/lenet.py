@@ -9,6 +9,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from rarefy.errors import RecipeError
+
 
 def lenet300(num_classes: int = 10, in_channels: int = 1, size: int = 28, width: int = 300) -> nn.Sequential:
     """Build LeNet-300-100 for images `(in_channels, size, size)`; `width` is that of the first hidden layer."""
@@ -27,6 +29,8 @@ def lenet300(num_classes: int = 10, in_channels: int = 1, size: int = 28, width:
 
 def lenet5(num_classes: int = 10, in_channels: int = 1, size: int = 28, width: int = 20) -> nn.Sequential:
     """Build LeNet-5 (20-50-500) for images `(in_channels, size, size)`; `width` is that of the first convolution."""
+    if size < 16:
+        raise RecipeError(f"LeNet-5 needs images of at least 16x16 for its two 5x5 convolutions, not {size}x{size}")
     second, hidden = width * 5 // 2, width * 25
     side = ((size - 4) // 2 - 4) // 2
     return nn.Sequential(
