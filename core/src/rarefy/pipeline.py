@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rarefy_schemas import (
     BudgetReport,
     ExportReport,
@@ -37,6 +36,7 @@ from rarefy.registry import Registry, get
 from rarefy.report import render, words
 from rarefy.rundir import RunDir
 from rarefy.seeds import derive, seed_everything
+from rarefy.soundness import one_zero_, refuse_broken_weights, refuse_other_outputs, try_out
 from rarefy.task import Task
 from rarefy.technique import Analysis, Technique
 
@@ -127,7 +127,7 @@ class Pipeline:
         if self._restore(-1, state):
             return state
         began = time.monotonic()
-        _refuse_broken_weights(state.model)
+        refuse_broken_weights(state.model)
         training: tuple[dict[str, float], ...] = ()
         if self.recipe.train_first is not None:
             log.info("training the model before anything is compressed")
@@ -203,14 +203,14 @@ class Pipeline:
         if not isinstance(changed, nn.Module):
             raise StageError(f"{type(technique).__name__}.transform returned {changed!r}; return a Module")
         changed.to(self.recipe.device)
-        _try_out(changed, self.task, self.recipe.device, technique.config.registered_name())
+        try_out(changed, self.task, self.recipe.device, technique.config.registered_name())
         distributed.same_everywhere_(changed)
         training: tuple[dict[str, float], ...] = ()
         if technique.config.finetune is not None:
             training = self._finetune(technique, changed, original, technique.config.finetune, index)
         changed = technique.consolidate(changed).eval()
-        _refuse_broken_weights(changed)
-        _one_zero_(changed)
+        refuse_broken_weights(changed)
+        one_zero_(changed)
         return changed, training
 
     def _finetune(
@@ -251,7 +251,7 @@ class Pipeline:
             artifact.write(before, state.base, path)
         distributed.wait()
         state.model = artifact.load(path, base=state.base.build).to(self.recipe.device).eval()
-        _same_outputs(before, state.model, self.task, self.recipe.device)
+        refuse_other_outputs(before, state.model, self.task, self.recipe.device)
         if distributed.is_main():
             report = self._measured(state, original, report)
             report = report.model_copy(update={"seconds": time.monotonic() - began})
@@ -391,56 +391,3 @@ def _task(recipe: Recipe) -> Task:
 
 def _budget(name: str, limit: float, value: float) -> BudgetReport:
     return BudgetReport(name=name, limit=limit, value=min(value, 1e300), met=value <= limit + 1e-12)
-
-
-def _refuse_broken_weights(model: nn.Module) -> None:
-    broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
-    if broken:
-        raise StageError(
-            f"the model has weights that are NaN or infinite: {', '.join(broken[:5])}"
-            f"{' and others' if len(broken) > 5 else ''}; lower the learning rate, or mend the file they come from"
-        )
-
-
-@torch.no_grad()
-def _one_zero_(model: nn.Module) -> None:
-    """Turn -0.0, which `weight * mask` leaves, into 0.0: it computes the same, and telling them apart costs bytes."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.add_(0.0)
-
-
-def _example(task: Task, device: str) -> list[Any]:
-    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in task.example_inputs(2)]
-
-
-def _try_out(model: nn.Module, task: Task, device: str, name: str) -> None:
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(*_example(task, device))
-    except Exception as error:  # the model's forward is the user's code
-        raise StageError(
-            f"after {name!r} the model no longer runs: {type(error).__name__}: {error}. Its forward may read an "
-            "attribute of a layer that was replaced; name that layer in `targets.exclude`"
-        ) from error
-    model.train(was_training)
-
-
-def _same_outputs(before: nn.Module, after: nn.Module, task: Task, device: str) -> None:
-    inputs = _example(task, device)
-    with torch.no_grad():
-        pairs = zip(flat(before.eval()(*inputs)), flat(after(*inputs)), strict=True)
-        if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs):
-            raise StageError(
-                "the model read back from its checkpoint gives other outputs: some of its state is neither a "
-                "parameter, a buffer nor a plain attribute. Register such tensors as buffers, or the module's class "
-                "with rarefy.modules.register_module"
-            )
-
-
-def flat(outputs: Any) -> list[torch.Tensor]:
-    """Return the tensors in nested outputs of a model."""
-    from torch.utils._pytree import tree_leaves
-
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]

@@ -9,6 +9,7 @@ from rarefy_schemas.recipe import (
     Evaluate,
     ExporterConfig,
     ModelReference,
+    NamedModel,
     Recipe,
     SourceConfig,
     Split,
@@ -33,6 +34,6 @@ from rarefy_schemas.traits import Traits
 __all__ = [
     "ARTIFACT_VERSION", "REPORT_VERSION", "BudgetReport", "Budgets", "Evaluate", "ExportReport", "ExporterConfig",
     "Field", "Finetune", "Histogram", "LayerReport", "Manifest", "Measurement", "ModelReference", "ModelSpec",
-    "ModuleSpec", "Noun", "ObjectiveConfig", "Recipe", "Report", "Schema", "SkippedLayer", "SourceConfig", "Split",
-    "StageReport", "Targets", "TaskLoss", "TaskReference", "TechniqueConfig", "TensorEntry", "Traits",
+    "ModuleSpec", "NamedModel", "Noun", "ObjectiveConfig", "Recipe", "Report", "Schema", "SkippedLayer", "SourceConfig",
+    "Split", "StageReport", "Targets", "TaskLoss", "TaskReference", "TechniqueConfig", "TensorEntry", "Traits",
 ]  # fmt: skip

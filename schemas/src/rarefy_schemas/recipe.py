@@ -55,6 +55,10 @@ class ModelReference(Schema):
     """A `.safetensors` file, or a `.pt`/`.pth` file that holds only tensors."""
 
 
+NamedModel = Annotated[ModelReference, BeforeValidator(_from_string)]
+"""A model reference that may be written as its `source` alone."""
+
+
 class TaskReference(Schema):
     """Where the data, the loss and the metric come from."""
 
@@ -95,7 +99,7 @@ class Recipe(Schema):
     """Everything random comes from this."""
     device: str = "cpu"
     """Torch device that computes."""
-    model: Annotated[ModelReference, BeforeValidator(_from_string)] | None = None
+    model: NamedModel | None = None
     """The network to compress; absent when the Python API is given one."""
     task: Annotated[TaskReference, BeforeValidator(_from_string)] | None = None
     """Data, loss and metric; absent when the Python API is given one."""

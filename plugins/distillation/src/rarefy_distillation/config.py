@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from rarefy_schemas import Finetune, ModelReference, ObjectiveConfig, TechniqueConfig, Traits
+from pydantic import Field, ValidationError, model_validator
+from rarefy_schemas import Finetune, NamedModel, ObjectiveConfig, TechniqueConfig, Traits
 
 HINTON = "Hinton, Vinyals & Dean 2015, Distilling the knowledge in a neural network"
 
@@ -30,10 +30,6 @@ class LogitsConfig(ObjectiveConfig):
         return self.alpha < 1
 
 
-def _from_string(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
-
-
 class StudentConfig(TechniqueConfig):
     """Train another, smaller network to behave like the original."""
 
@@ -44,7 +40,7 @@ class StudentConfig(TechniqueConfig):
     )
 
     technique: Literal["distillation/logits"] = "distillation/logits"
-    student: Annotated[ModelReference, BeforeValidator(_from_string)]
+    student: NamedModel
     """The network to train, such as `zoo:lenet300`."""
     allow_larger: bool = False
     """Accept a student with more parameters than the original."""
