@@ -132,7 +132,7 @@ def test_the_json_schema_knows_every_technique_and_describes_every_option() -> N
 
 
 def test_a_recipe_can_be_written_in_python() -> None:
-    from rarefy_pruning.config import MagnitudeConfig
+    from rarefy_pruning.weights.config import MagnitudeConfig
 
     recipe = load_recipe(Recipe(steps=(MagnitudeConfig(amount=0.5),)))
     assert dump_recipe(recipe)["steps"][0]["amount"] == 0.5

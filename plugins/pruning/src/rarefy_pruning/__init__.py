@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 @hookimpl
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
-    from rarefy_pruning.config import MagnitudeConfig
+    from rarefy_pruning.weights.config import MagnitudeConfig
 
     return [MagnitudeConfig]

@@ -14,8 +14,8 @@ from rarefy.weights import LayerWeight, layer_weights, per_layer
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
-from rarefy_pruning.config import WeightPruning
-from rarefy_pruning.masks import cubic, keep_largest
+from rarefy_pruning.weights.config import WeightPruning
+from rarefy_pruning.weights.masks import cubic, keep_largest
 
 ConfigT = TypeVar("ConfigT", bound=WeightPruning)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rarefy_pruning.config import MagnitudeConfig
-from rarefy_pruning.criterion import WeightCriterion
+from rarefy_pruning.weights.config import MagnitudeConfig
+from rarefy_pruning.weights.criterion import WeightCriterion
 
 
 class Magnitude(WeightCriterion[MagnitudeConfig]):

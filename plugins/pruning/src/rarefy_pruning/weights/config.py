@@ -1,4 +1,4 @@
-"""Options of the pruning techniques."""
+"""Options of the techniques that remove single weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class WeightPruning(TechniqueConfig):
 class MagnitudeConfig(WeightPruning):
     """Remove the weights of smallest magnitude, at once or gradually."""
 
-    implementation: ClassVar[str] = "rarefy_pruning.magnitude:Magnitude"
+    implementation: ClassVar[str] = "rarefy_pruning.weights.magnitude:Magnitude"
     paper: ClassVar[str] = (
         "Han et al. 2015, Learning both weights and connections; Zhu & Gupta 2017, To prune, or not to prune"
     )

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from rarefy.errors import StageError
 from rarefy.technique import TrainingRule
 from rarefy.weights import layer_weights
-from rarefy_pruning.config import MagnitudeConfig
-from rarefy_pruning.criterion import WeightCriterion
-from rarefy_pruning.magnitude import Magnitude
-from rarefy_pruning.masks import cubic, keep_largest
+from rarefy_pruning.weights.config import MagnitudeConfig
+from rarefy_pruning.weights.criterion import WeightCriterion
+from rarefy_pruning.weights.magnitude import Magnitude
+from rarefy_pruning.weights.masks import cubic, keep_largest
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 

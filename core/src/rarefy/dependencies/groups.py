@@ -1,0 +1,76 @@
+"""What must be cut together: groups of units, each with exact members."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from rarefy.errors import StageError
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """The slices of one tensor that belong to the units of a group."""
+
+    tensor: str
+    """Name of the parameter or buffer."""
+    dim: int
+    """The dimension along which it is cut."""
+    indices: torch.Tensor
+    """Positions along `dim`, `(units, positions per unit)`, int64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units of one kind, such as the channels of a residual stream or the heads of an attention layer.
+
+    A unit goes whole, with its slices of every member, or stays whole; the units of a group do not depend on each
+    other.
+    """
+
+    name: str
+    """The first tensor that produces the units, without `.weight`; unique in a model."""
+    members: tuple[Member, ...]
+    kind: Literal["channel", "block", "position"] = "channel"
+    """`block` for whole heads or convolution groups, `position` for equal places in each of them."""
+    pinned: str | None = None
+    """Why nothing of it may be cut; None when it may."""
+    changes_statistics: bool = False
+    """Whether a mean, a variance or a scale is taken over the units, so that removal differs from zeroing."""
+    overlaps: bool = False
+    """Whether another group cuts the same dimension of the same tensor another way."""
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return len(self.members[0].indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Dependencies:
+    """The groups of a model."""
+
+    groups: tuple[Group, ...]
+    """What may be cut."""
+    pinned: tuple[Group, ...]
+    """What may not, each with its reason."""
+
+    def __getitem__(self, name: str) -> Group:
+        """Return the group called `name`; raise `StageError` when there is none."""
+        for group in (*self.groups, *self.pinned):
+            if group.name == name:
+                return group
+        raise StageError(f"there is no group {name!r}; the groups are {', '.join(g.name for g in self.groups)}")
+
+
+Removal = Mapping[str, torch.Tensor]
+"""The units to remove, int64, by the name of their group."""
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by name, each tensor once, under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

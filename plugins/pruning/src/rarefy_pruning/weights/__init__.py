@@ -1,0 +1,1 @@
+"""Removing single weights: a criterion scores each, the lowest become zeros."""
