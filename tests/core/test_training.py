@@ -92,6 +92,41 @@ def test_rules_add_a_penalty_and_act_after_each_step(model: nn.Module, task: Cla
     assert sum(float(p.detach().square().sum()) for p in model.parameters()) < norm / 2
 
 
+def test_rules_are_told_the_learning_rate_of_the_step_taken(model: nn.Module, task: ClassificationTask) -> None:
+    class Watch(TrainingRule):
+        def __init__(self) -> None:
+            self.rates: list[float | None] = []
+
+        def after_step(self, model: nn.Module, progress: float) -> None:
+            self.rates.append(self.lr)
+
+    watch = Watch()
+    fit(model, model, task, Finetune(epochs=1, lr=0.4, batch_size=20, schedule="linear"), rules=[watch])
+    assert watch.rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-3])
+def test_rules_see_the_gradients_that_the_step_follows(
+    model: nn.Module, task: ClassificationTask, clip_norm: float | None
+) -> None:
+    class Descent(TrainingRule):
+        """Foretells the step of plain gradient descent."""
+
+        def before_step(self, model: nn.Module) -> None:
+            self.expected = [p.detach() - 0.1 * p.grad for p in model.parameters() if p.grad is not None]
+
+        def after_step(self, model: nn.Module, progress: float) -> None:
+            parameters = list(model.parameters())
+            assert len(self.expected) == len(parameters)
+            for parameter, expected in zip(parameters, self.expected, strict=True):
+                torch.testing.assert_close(parameter.detach(), expected)
+
+    plain = Finetune(epochs=1, optimizer="sgd", momentum=0, lr=0.1, schedule="constant", clip_norm=clip_norm)
+    before = copy.deepcopy(model)
+    fit(model, model, task, plain, rules=[Descent()])
+    assert not torch.equal(before[0].weight, model[0].weight)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_zeros_stay_zero_under_momentum_and_decay(model: nn.Module, task: ClassificationTask, optimizer: str) -> None:
     with torch.no_grad():

@@ -175,6 +175,7 @@ class Pipeline:
             layers=analysis.layers,
             skipped=analysis.skipped,
             training=training,
+            notes=tuple(technique.notes),
         )
         state.model = model
         self._finish_stage(state, original, report, began)
@@ -274,7 +275,7 @@ class Pipeline:
             }
         )
         notes = words(report, state.reports[-1] if state.reports else None)
-        return report.model_copy(update={"notes": tuple(notes)})
+        return report.model_copy(update={"notes": (*report.notes, *notes)})
 
     def _measurements(self, model: nn.Module, original: nn.Module) -> list[Measurement]:
         answers = self.registry.hook.evaluate(

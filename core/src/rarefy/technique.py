@@ -31,9 +31,15 @@ class Analysis:
 class TrainingRule:
     """What a technique adds to fine-tuning."""
 
+    lr: float | None = None
+    """Learning rate of the optimizer step just taken, set by core's loop before `after_step`."""
+
     def penalty(self, model: nn.Module) -> torch.Tensor | None:
         """Return a scalar to add to the loss, or None."""
         return None
+
+    def before_step(self, model: nn.Module) -> None:
+        """Read or change the gradients before an optimizer step; they are clipped already, and not scaled."""
 
     def after_step(self, model: nn.Module, progress: float) -> None:
         """Change the weights after an optimizer step; `progress` runs from 0 to 1 over the fine-tuning."""
@@ -48,6 +54,8 @@ class Technique(Generic[ConfigT]):
         """Seed of this step, set by the pipeline; seed every random generator with it."""
         self.zeros_to_keep = False
         """Whether an earlier step left zeros, set by the pipeline; fine-tuning then holds them."""
+        self.notes: list[str] = []
+        """Findings in words for the report, such as what training made of a layer; any moment may add some."""
 
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
         """Say what would be done; read only."""

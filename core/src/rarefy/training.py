@@ -94,10 +94,16 @@ class _Loop:
         self.engine.backward(loss)
         if self.config.clip_norm is not None:
             self.engine.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
+        elif self.rules:
+            self.engine.unscale_gradients()  # clipping does so by itself, and twice is an error
+        for rule in self.rules:
+            rule.before_step(self.model)
+        rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
         self.done += 1
         for rule in self.rules:
+            rule.lr = rate
             rule.after_step(self.model, self.done / self.steps)
         return value
 
