@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
+    from rarefy_pruning.sharing.config import HashedConfig
     from rarefy_pruning.weights.config import MagnitudeConfig
 
-    return [MagnitudeConfig]
+    return [HashedConfig, MagnitudeConfig]

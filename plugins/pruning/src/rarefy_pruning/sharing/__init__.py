@@ -1,0 +1,1 @@
+"""Weights that share a value, and neurons that merge into one."""
