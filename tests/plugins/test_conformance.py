@@ -14,11 +14,24 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "distillation/logits": [
         {"student": {"source": "zoo:mlp", "options": {"in_channels": 2, "num_classes": 4, "width": 16}}}
     ],
+    "pruning/biased-weight-decay": [
+        {"amount": 0.6, "finetune": {}},
+        {"amount": 0.6, "form": "exponential", "schedule": "cubic", "finetune": {}},
+    ],
     "pruning/magnitude": [
         {"amount": 0.6},
         {"amount": 0.6, "scope": "layer", "finetune": {}},
         {"amount": 0.6, "schedule": "cubic", "finetune": {}},
+        {"sensitivity": 0.8, "schedule": "iterative", "rounds": 2, "finetune": {}},
+        {"pattern": "2:4", "schedule": "cubic", "finetune": {}},
     ],
+    "pruning/movement": [
+        {"amount": 0.6, "finetune": {}},
+        {"amount": 0.6, "scope": "global", "schedule": "at-end", "finetune": {}},
+    ],
+    "pruning/optimal-brain-damage": [{"amount": 0.6, "batches": 1, "probes": 4}],
+    "pruning/snip": [{"amount": 0.6}, {"amount": 0.6, "schedule": "cubic", "finetune": {}}],
+    "pruning/wanda": [{"amount": 0.6}, {"pattern": "2:4", "schedule": "iterative", "finetune": {}}],
     "quantization/kmeans": [{"bits": 3}, {"bits": 3, "init": "random", "finetune": {}}],
 }
 CASES = [(name, options) for name in get().techniques for options in OPTIONS.get(name, [{}, {"finetune": {}}])]

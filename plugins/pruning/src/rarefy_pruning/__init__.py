@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
     from rarefy_pruning.sharing.config import HashedConfig
-    from rarefy_pruning.weights.config import MagnitudeConfig
+    from rarefy_pruning.weights.config import (
+        BiasedWeightDecayConfig,
+        MagnitudeConfig,
+        MovementConfig,
+        OptimalBrainDamageConfig,
+        SnipConfig,
+        WandaConfig,
+    )
 
-    return [HashedConfig, MagnitudeConfig]
+    return [
+        HashedConfig,
+        BiasedWeightDecayConfig,
+        MagnitudeConfig,
+        MovementConfig,
+        OptimalBrainDamageConfig,
+        SnipConfig,
+        WandaConfig,
+    ]

@@ -305,7 +305,7 @@ class TestBadInput:
             ({"amount": 0.5, "schedule": "cubic", "finetune": {"keep": "best"}}, "keep: last"),
             ({"amount": 0.5, "schedule": "cubic", "finetune": {"patience": 2}}, "patience"),
             ({"amount": 0.5, "ramp": 0.5}, "belong to `schedule: cubic`"),
-            ({"amount": 0.5, "scope": "locally"}, "'global' or 'layer'"),
+            ({"amount": 0.5, "scope": "locally"}, "'global', 'layer' or 'row'"),
             ({"amount": 0.5, "share": 0.5}, "share"),
         ],
     )

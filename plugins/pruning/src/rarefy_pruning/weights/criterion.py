@@ -1,172 +1,187 @@
-"""What all criteria for single weights share: budgets, masks, schedule and fine-tuning. A criterion adds its score."""
+"""What all criteria for single weights share: budgets, schedule and fine-tuning. A criterion adds its score."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
+from rarefy.errors import StageError
 from rarefy.task import Task
-from rarefy.technique import Analysis, Technique, TrainingRule
+from rarefy.technique import Analysis, Technique
 from rarefy.weights import LayerWeight, layer_weights, per_layer
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
+from rarefy_pruning.weights.budget import Blocks, Budget
 from rarefy_pruning.weights.config import WeightPruning
-from rarefy_pruning.weights.masks import cubic, keep_largest
+from rarefy_pruning.weights.dropout import Dropouts
+from rarefy_pruning.weights.rules import GradualPruning
+from rarefy_pruning.weights.schedules import AtEnd, Cubic, Rounds, Schedule
 
 ConfigT = TypeVar("ConfigT", bound=WeightPruning)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Weights that are pruned to a common sparsity."""
-
-    weights: Sequence[LayerWeight]
-    amount: float
-    """Share of zeros at the end."""
-
-    @property
-    def total(self) -> int:
-        """Number of weights, zeros included."""
-        return sum(weight.parameter.numel() for weight in self.weights)
-
-    @property
-    def alive(self) -> int:
-        """Number of weights that are not zero."""
-        return sum(int(weight.parameter.count_nonzero()) for weight in self.weights)
-
-    def kept(self, sparsity: float) -> int:
-        """Return how many weights stay at `sparsity`: the nearest number, at least one per layer, none revived."""
-        return min(self.alive, max(len(self.weights), self.total - round(sparsity * self.total)))
+Measured = Mapping[str, torch.Tensor]
 
 
 class WeightCriterion(Technique[ConfigT]):
-    """Prunes the weights with the lowest score; write `score`.
+    """Prunes the weights with the lowest score; write `score`, and `measure` or `observe` when it takes data.
 
     The weights themselves carry the state: a removed one is an exact zero and stays so, because fine-tuning resets it
-    after each optimizer step. A gradual schedule therefore only ever removes more, and nothing grows back.
+    after each optimizer step. A gradual schedule therefore only ever removes more, and nothing grows back. What a
+    criterion measures is measured on the model as it is, anew each time that a schedule prunes.
     """
 
-    def score(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the importance of each weight, same shape; the lowest go first."""
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__(config)
+        self.task: Task | None = None
+        """Where `measure` finds data once `transform` was called."""
+        self.shares: dict[str, float | None] = {}
+        """Share of zeros per layer as `transform` found it, for shares that depend on the weights."""
+        self.dropouts: Dropouts | None = None
+        """Dropout that an iterative schedule adjusts."""
+
+    def score(self, weight: torch.Tensor, *measured: torch.Tensor) -> torch.Tensor:
+        """Return the importance of each weight, same shape; the lowest go first.
+
+        `measured` is the one tensor that `measure` found for the layer; nothing when it found none.
+        """
         raise NotImplementedError
 
+    def measure(self, model: nn.Module, weights: Sequence[LayerWeight], task: Task) -> Measured:
+        """Return a tensor per name of a layer, measured on data; read only."""
+        return {}
+
+    def observe(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Take note of a layer's weight and gradient before an optimizer step of the fine-tuning."""
+
+    def penalty(self, weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Return a scalar to add to the loss of the fine-tuning, or None."""
+        return None
+
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
-        """Say which weights would go if all were removed at once."""
+        """Say which weights would go if all were removed at once; the plan is what was measured."""
         _, skipped = layer_weights(model, self.config)
         budgets, unnamed = self._budgets(model)
         skipped += [_skip(w, "no pattern of `per_layer` matches it and no `amount` is given") for w in unnamed]
+        measured = self._measure(model, budgets, task)
         layers = []
         for budget in budgets:
-            for weight, mask in zip(budget.weights, self._masks(budget, budget.amount), strict=True):
-                before, after = int(weight.parameter.count_nonzero()), int(mask.sum())
+            for weight, mask in zip(budget.weights, self._masks(budget, budget.amount, measured), strict=True):
+                alive = weight.parameter != 0
+                before, after = int(alive.sum()), int((alive & mask).sum())
                 if before == after:
-                    skipped.append(_skip(weight, _why_unchanged(budget, before)))
+                    skipped.append(_skip(weight, budget.why_unchanged(weight)))
                 else:
                     # how a common budget falls on its layers can change while it is spent during fine-tuning
-                    open_ended = self.config.schedule == "cubic" and len(budget.weights) > 1
+                    open_ended = self.config.schedule != "one-shot" and len(budget.weights) > 1
                     layers.append(_report(weight, before, after, "about " if open_ended else ""))
-        return Analysis(tuple(layers), tuple(skipped))
+        return Analysis(tuple(layers), tuple(skipped), measured)
 
     def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
         """Remove the weights, unless the schedule does so during fine-tuning."""
-        return model if self.config.schedule == "cubic" else self.consolidate(model)
+        self.task = task
+        self.shares = self._shares(model)
+        if self.config.schedule == "iterative":
+            self.dropouts = Dropouts(model, task.example_inputs(), [w.name for w in _weights(self.budgets(model))])
+        if self.config.schedule == "one-shot":
+            for budget in self.budgets(model):
+                self._cut_(budget, budget.amount, analysis.plan)
+        return model
 
-    def training_rule(self, model: nn.Module) -> TrainingRule:
+    def training_rule(self, model: nn.Module) -> GradualPruning:
         """Return what keeps zeros zero and, for a gradual schedule, makes more of them."""
-        return GradualPruning(self, model) if self.config.schedule == "cubic" else HoldZeros(self, model)
+        return GradualPruning(self, model, self._schedule())
 
     def consolidate(self, model: nn.Module) -> nn.Module:
         """Leave exactly the number of weights asked for, also when fine-tuning ended before the schedule did."""
-        for budget in self.budgets(model):
-            self.cut_(budget, budget.amount)
+        self.prune_(model, [budget.amount for budget in self.budgets(model)])
+        self.notes += self.dropouts.notes(model) if self.dropouts is not None else []
         return model
 
     def budgets(self, model: nn.Module) -> list[Budget]:
         """Return the groups of weights that are pruned together, in the order of the layers."""
         return self._budgets(model)[0]
 
-    @torch.no_grad()
-    def cut_(self, budget: Budget, sparsity: float) -> None:
-        """Zero the lowest-scored weights in place, up to `sparsity`."""
-        for weight, mask in zip(budget.weights, self._masks(budget, sparsity), strict=True):
-            weight.parameter.masked_fill_(~mask, 0)
+    def prune_(self, model: nn.Module, sparsities: Sequence[float]) -> None:
+        """Zero the lowest-scored weights in place, each budget's up to its sparsity; measure only if any must go."""
+        pairs = zip(self.budgets(model), sparsities, strict=True)
+        due = [(budget, sparsity) for budget, sparsity in pairs if not budget.met(sparsity)]
+        measured = self._measure(model, [budget for budget, _ in due], self.task) if due else {}
+        for budget, sparsity in due:
+            self._cut_(budget, sparsity, measured)
+        if self.dropouts is not None:
+            self.dropouts.adjust_(model)
+
+    def _schedule(self) -> Schedule:
+        config = self.config
+        kinds = {"cubic": Cubic(config.ramp or 0.75, config.updates or 50), "iterative": Rounds(config.rounds or 4)}
+        return kinds.get(config.schedule, AtEnd())
 
     def _budgets(self, model: nn.Module) -> tuple[list[Budget], list[LayerWeight]]:
-        weights, skipped = layer_weights(model, self.config)
-        names = [w.name for w in weights] + [s.name for s in skipped]
-        own = per_layer(names, self.config.per_layer, None)
-        single = [Budget([w], amount) for w in weights if (amount := own[w.name]) is not None]
-        rest = [w for w in weights if own[w.name] is None]
+        weights, _ = layer_weights(model, self.config)
+        if self.config.pattern is not None:
+            keep, of = map(int, self.config.pattern.split(":"))
+            return [Blocks([w], 1 - keep / of, of) for w in weights], []
+        shares = self.shares or self._shares(model)
+        alone = Blocks if self.config.scope == "row" else Budget
+        single = [alone([w], amount) for w in weights if (amount := shares[w.name]) is not None]
+        rest = [w for w in weights if shares[w.name] is None]
         if self.config.amount is None or not rest:
             return single, rest
-        parts = [rest] if self.config.scope == "global" else [[w] for w in rest]
-        return [*single, *(Budget(part, self.config.amount) for part in parts)], []
+        common = [Budget(rest, self.config.amount)] if self.config.scope == "global" else []
+        return [*single, *common, *(alone([w], self.config.amount) for w in rest if not common)], []
+
+    def _shares(self, model: nn.Module) -> dict[str, float | None]:
+        """Return the share of zeros that each layer has for itself, or None."""
+        weights, skipped = layer_weights(model, self.config)
+        own = per_layer([w.name for w in weights] + [s.name for s in skipped], self.config.per_layer, None)
+        if self.config.sensitivity is not None:
+            low = {w.name: _share_below(w.parameter, self.config.sensitivity) for w in weights if own[w.name] is None}
+            own.update(low)
+        return own
+
+    def _measure(self, model: nn.Module, budgets: Sequence[Budget], task: Task | None) -> Measured:
+        weights = _weights(budgets)
+        measured = self.measure(model, weights, task) if weights else {}
+        missing = [w.name for w in weights if measured and w.name not in measured]
+        broken = [name for name, tensor in measured.items() if not torch.isfinite(tensor).all()]
+        for names, what in ((missing, "takes no part in the model's outputs"), (broken, "has NaN or infinite values")):
+            if names:
+                raise StageError(
+                    f"{self.config.registered_name()!r} measures each layer on data, and there {names[0]!r} {what}; "
+                    "mend that, or leave the layer out with `targets.exclude`"
+                )
+        return measured
 
     @torch.no_grad()
-    def _masks(self, budget: Budget, sparsity: float) -> list[torch.Tensor]:
-        parameters = [weight.parameter for weight in budget.weights]
-        # what is zero already goes first, whatever its score
-        scores = [self.score(p).masked_fill(p == 0, -torch.inf) for p in parameters]
-        return keep_largest(scores, budget.kept(sparsity))
-
-
-class HoldZeros(TrainingRule):
-    """Keeps the weights at zero that are zero when fine-tuning starts."""
-
-    def __init__(self, criterion: WeightCriterion[Any], model: nn.Module) -> None:
-        weights, _ = layer_weights(model, criterion.config)
-        self.names = [f"{weight.name}.weight" for weight in weights]
-        self.hold(model)
-
-    def hold(self, model: nn.Module) -> None:
-        """Take the zeros of `model` as those to keep."""
-        self.zeros = {name: model.get_parameter(name) == 0 for name in self.names}
+    def _masks(self, budget: Budget, sparsity: float, measured: Measured) -> list[torch.Tensor]:
+        scores = []
+        for weight in budget.weights:
+            found = [measured[weight.name]] if weight.name in measured else []
+            p = weight.parameter
+            # half precision would overflow in squares; what is zero already goes first, whatever its score
+            single = p.float() if p.dtype in (torch.float16, torch.bfloat16) else p
+            scores.append(self.score(single, *found).masked_fill(p == 0, -torch.inf))
+        return budget.masks(scores, sparsity)
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, progress: float) -> None:
-        """Zero them again."""
-        for name, zeros in self.zeros.items():
-            model.get_parameter(name).masked_fill_(zeros, 0)
+    def _cut_(self, budget: Budget, sparsity: float, measured: Measured) -> None:
+        for weight, mask in zip(budget.weights, self._masks(budget, sparsity, measured), strict=True):
+            weight.parameter.masked_fill_(~mask, 0)
 
 
-class GradualPruning(HoldZeros):
-    """Raises the sparsity from what it is to the budgets', in equal steps along a cubic (Zhu & Gupta 2017)."""
+def _weights(budgets: Sequence[Budget]) -> list[LayerWeight]:
+    return [weight for budget in budgets for weight in budget.weights]
 
-    def __init__(self, criterion: WeightCriterion[Any], model: nn.Module) -> None:
-        super().__init__(criterion, model)
-        self.criterion = criterion
-        self.ramp = criterion.config.ramp or 0.75
-        self.updates = criterion.config.updates or 50
-        self.done = 0
-        self.starts = [1 - budget.alive / budget.total for budget in criterion.budgets(model)]
 
-    def after_step(self, model: nn.Module, progress: float) -> None:
-        """Hold the zeros, and prune when the next of the updates is due."""
-        super().after_step(model, progress)
-        # a hair more, so that rounding of `progress` does not delay an update by a step
-        due = math.floor(min(1.0, progress / self.ramp) * self.updates + 1e-9)
-        if due == self.done:
-            return
-        self.done = due
-        for start, budget in zip(self.starts, self.criterion.budgets(model), strict=True):
-            self.criterion.cut_(budget, cubic(start, budget.amount, due / self.updates))
-        self.hold(model)
+def _share_below(weight: torch.Tensor, sensitivity: float) -> float:
+    """Return the share of zeros once all |w| < sensitivity * (deviation of what is not zero) are zero."""
+    deviation = weight.detach()[weight != 0].double().std(correction=0)
+    return float((weight.detach().abs() < sensitivity * deviation).double().mean())
 
 
 def _skip(weight: LayerWeight, reason: str) -> SkippedLayer:
     return SkippedLayer(name=weight.name, kind=weight.kind, reason=reason)
-
-
-def _why_unchanged(budget: Budget, alive: int) -> str:
-    if alive == 1:
-        return "its last weight is kept"
-    if budget.alive == budget.kept(budget.amount):
-        return f"{1 - budget.alive / budget.total:.1%} of its weights are zero, {budget.amount:.1%} are asked for"
-    return "none of its weights is among the lowest of all layers"
 
 
 def _report(weight: LayerWeight, before: int, after: int, about: str) -> LayerReport:
