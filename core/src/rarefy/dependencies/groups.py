@@ -51,13 +51,33 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
+class Length:
+    """A number in a module's attributes, such as `num_heads`, that is the length of an axis."""
+
+    module: str
+    attribute: str
+    item: int | None
+    """Its place where the attribute is a tuple or list."""
+    before: int
+    parts: tuple[tuple[str, torch.Tensor], ...]
+    """For each group that shortens the axis: its name, and the positions of its units, `(units, positions)`."""
+
+    def after(self, removal: Removal) -> int:
+        """Return the length that is left."""
+        gone = [positions[removal[name]].flatten() for name, positions in self.parts if name in removal]
+        return self.before - (int((torch.cat(gone).unique() >= 0).sum()) if gone else 0)
+
+
+@dataclass(frozen=True, eq=False)
 class Dependencies:
     """The groups of a model."""
 
     groups: tuple[Group, ...]
     """What may be cut."""
-    pinned: tuple[Group, ...]
+    pinned: tuple[Group, ...] = ()
     """What may not, each with its reason."""
+    lengths: tuple[Length, ...] = ()
+    """Attributes of modules to correct after a cut."""
 
     def __getitem__(self, name: str) -> Group:
         """Return the group called `name`; raise `StageError` when there is none."""

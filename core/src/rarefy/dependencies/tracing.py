@@ -1,0 +1,206 @@
+"""Run a model once and carry label fields beside its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rarefy.dependencies.fields import Algebra, Fields, along, axes
+from rarefy.dependencies.labels import Ids
+
+UNKNOWN = "it meets values that belong to no channel, such as the model's inputs or a constant"
+
+
+@dataclass(frozen=True)
+class Size:
+    """An axis whose length a module may have written down in an attribute."""
+
+    length: int
+    labels: tuple[Ids, ...]
+    """Labels along the axis; a place counts while none of its labels is removed."""
+    attribute: str | None = None
+    """The attribute that holds it, when that is known."""
+
+
+@dataclass
+class Call:
+    """One call of an ATen operator."""
+
+    name: str
+    operator: Any
+    arguments: Mapping[str, Any]
+    out: Any
+
+    def __getitem__(self, name: str) -> Any:
+        """Return an argument by its name in the operator's schema."""
+        return self.arguments[name]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors among the arguments."""
+        return [leaf for leaf in tree_leaves(list(self.arguments.values())) if isinstance(leaf, torch.Tensor)]
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        """All tensors that came out."""
+        return [leaf for leaf in tree_leaves(self.out) if isinstance(leaf, torch.Tensor)]
+
+
+Rule = Callable[["Trace", Call], None]
+
+
+@dataclass
+class Trace:
+    """What is known of a run so far."""
+
+    names: dict[int, str]
+    """Name of each parameter and buffer, by identity."""
+    algebra: Algebra = field(default_factory=Algebra)
+    known: Any = field(default_factory=WeakIdKeyDictionary)
+    """Fields of the activations that are alive."""
+    atoms: dict[tuple[str, int], Ids] = field(default_factory=dict)
+    """Labels of each dimension of the parameters and buffers that were met."""
+    sizes: dict[str, list[Size]] = field(default_factory=dict)
+    """Axes seen while each module ran, by the module's name."""
+    stack: list[str] = field(default_factory=list)
+    """Names of the modules that are running, outermost first."""
+    written: dict[str, set[int]] = field(default_factory=dict)
+    """The lengths that occur in each module's attributes."""
+
+    def fields(self, tensor: torch.Tensor) -> Fields:
+        """Return the fields of a tensor, none when nothing is known of it."""
+        found: Fields | None = self.known.get(tensor)
+        if found is None:
+            name = self.names.get(id(tensor))
+            found = [] if name is None else self._of_state(name, tensor)
+            self.known[tensor] = found
+        return found
+
+    def _of_state(self, name: str, tensor: torch.Tensor) -> Fields:
+        found = []
+        for d, size in enumerate(tensor.shape):
+            if size > 1:
+                self.atoms[name, d] = self.algebra.labels.fresh(size)
+                found.append(along(self.atoms[name, d], d, tensor.dim()))
+        return found
+
+    def set(self, tensor: torch.Tensor, fields: Fields) -> None:
+        """Say in which fields a tensor lies."""
+        self.known[tensor] = fields
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Remember the labelled axes of a tensor whose length the running module has written down."""
+        if not self.stack or not (lengths := self.written.get(self.stack[-1])):
+            return
+        fields = self.fields(tensor)
+        for d, length in enumerate(tensor.shape):
+            if length in lengths and (lines := [f for f in fields if axes(f) == {d}]):
+                self.note_size(Size(length, tuple(f.numpy().ravel() for f in lines)))
+
+    def note_size(self, size: Size) -> None:
+        """Remember an axis of the running module."""
+        known = self.sizes.setdefault(self.stack[-1] if self.stack else "", [])
+        if not any(_same_size(size, other) for other in known):
+            known.append(size)
+
+
+def _same_size(one: Size, other: Size) -> bool:
+    return (
+        one.attribute == other.attribute
+        and len(one.labels) == len(other.labels)
+        and all(np.array_equal(a, b) for a, b in zip(one.labels, other.labels, strict=True))
+    )
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from rarefy.dependencies.operators import rule_of
+
+        out = func(*args, **(kwargs or {}))
+        call = _call(func, args, kwargs or {}, out)
+        rule_of(call)(self.trace, call)
+        for tensor in (*call.tensors, *call.outputs):
+            self.trace.note(tensor)
+        return out
+
+
+def _call(func: Any, args: Any, kwargs: Any, out: Any) -> Call:
+    schema = func._schema
+    arguments = {}
+    for i, argument in enumerate(schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        arguments[argument.name] = args[i] if i < len(args) else kwargs.get(argument.name, default)
+    name = schema.name.partition("::")[2]
+    return Call(name.rstrip("_") if not name.startswith("__") else name, func, arguments, out)
+
+
+class _Functions(TorchFunctionMode):
+    """Attention is met as one function, since its operator differs from device to device."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from rarefy.dependencies.operators.attention import attention
+
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        with torch.utils._python_dispatch._disable_current_modes():
+            out = func(*args, **(kwargs or {}))
+        attention(self.trace, out, *args, **(kwargs or {}))
+        return out
+
+
+@contextmanager
+def tracing(trace: Trace, model: nn.Module) -> Iterator[None]:
+    """Carry labels through whatever runs inside, in a form that decomposes into known operators."""
+    trace.written = {name: set(_lengths(module)) for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(module, nn.RNNBase) for module in names):
+            # the fused recurrent kernel is one opaque operator
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)
+        for module, name in names.items():
+            stack.callback(module.register_forward_pre_hook(_enter(trace, name)).remove)
+            stack.callback(module.register_forward_hook(_leave(trace)).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_Functions(trace))
+        stack.enter_context(_Mode(trace))
+        yield
+
+
+def _enter(trace: Trace, name: str) -> Callable[..., None]:
+    return lambda module, args: trace.stack.append(name)
+
+
+def _leave(trace: Trace) -> Callable[..., None]:
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        trace.stack.pop()
+
+    return leave
+
+
+def _lengths(module: nn.Module) -> Iterator[int]:
+    for value in vars(module).values():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if type(item) is int and item > 1:
+                yield item
