@@ -6,7 +6,6 @@ import itertools
 import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from rarefy.dependencies.cutting import cut, mask
-from rarefy.dependencies.finding import Inputs, find_groups
+from rarefy.dependencies.finding import Inputs, observe
 from rarefy.dependencies.groups import Dependencies, Group, Length, Removal
 from rarefy.errors import StageError
 
 _MOST_CHOICES = 64
+_FAINT = 1e-6
+_Attribute = tuple[str, str, int | None]
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -32,7 +33,7 @@ def find_dependencies(model: nn.Module, inputs: Inputs) -> Dependencies:
     failure. `model` is not changed. Raises `StageError` when it does not run on the inputs.
     """
     _refuse_wrapped(model)
-    return _Settling(model, inputs, find_groups(model, inputs)).settle()
+    return _Settling(model, inputs).settle()
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -57,89 +58,145 @@ class _Failure:
 
 
 class _Settling:
-    """The search for what can be cut."""
+    """The search for what can be cut: each failure says more of the labels, until none is left."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, found: Dependencies) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
-        self.groups = {group.name: group for group in found.groups if group.units > 1}
-        single = "it is one unit, and something has to stay"
-        self.pinned = [*found.pinned, *(replace(g, pinned=single) for g in found.groups if g.units == 1)]
-        self.lengths = found.lengths
+        self.run = observe(model, inputs)
         self.classes = {name: type(module).__name__ for name, module in model.named_modules()}
-        self.chosen: dict[tuple[str, str, int | None], int] = {}
+        self.chosen: dict[_Attribute, int] = {}
         """Which of the axes seen an attribute stands for, by class of module and attribute; -1 for none."""
-        self.tried: set[str] = set()
+        self.given_up: set[str] = set()
+        """Classes of modules for which no meaning of the attributes helps."""
+        self.shared: set[_Attribute] = set()
+        """Attributes whose axes were tried apart."""
+        self._take()
 
     def settle(self) -> Dependencies:
-        """Try, correct and pin until a trial passes."""
-        while self.groups and (failure := self._failure(self.groups)) is not None:
-            if not self._choose_again(failure):
-                self._pin_culprits(failure)
-        same = [name for name, group in self.groups.items() if not group.changes_statistics]
-        for name in self._unlike(same):
-            self._pin(name, "cutting it changes more than zeroing it does")
-        return self._dependencies()
+        """Try, correct, tie and pin until all trials pass."""
+        while self._improve():
+            self._take()
+        for names in self._rounds():
+            unlike = self._unlike([name for name in names if not self.groups[name].changes_statistics])
+            for name in unlike:
+                self._pin(name, "cutting it changes more than zeroing it does")
+        self._take()
+        return self.found
 
-    def _dependencies(self) -> Dependencies:
-        return Dependencies(tuple(self.groups.values()), tuple(self.pinned), tuple(self._settled_lengths()))
+    def _take(self) -> None:
+        """Read the groups from what is known of the labels by now."""
+        found = self.run.groups()
+        for group in found.groups:
+            if group.units == 1:
+                self._pin(group.name, "it is one unit, and something has to stay")
+        found = self.run.groups()
+        self.candidates: dict[_Attribute, list[Length]] = defaultdict(list)
+        for length in found.lengths:
+            self.candidates[length.module, length.attribute, length.item].append(length)
+        self.found = replace(found, lengths=tuple(self._lengths()))
+        self.groups = {group.name: group for group in found.groups}
 
-    def _settled_lengths(self) -> Iterator[Length]:
-        seen: dict[tuple[str, str, int | None], list[Length]] = defaultdict(list)
-        for length in self.lengths:
-            seen[length.module, length.attribute, length.item].append(length)
-        for (module, attribute, item), candidates in seen.items():
+    def _lengths(self) -> Iterator[Length]:
+        for (module, attribute, item), axes in self.candidates.items():
             choice = self.chosen.get((self.classes.get(module, ""), attribute, item), 0)
-            if 0 <= choice < len(candidates):
-                yield candidates[choice]
+            if 0 <= choice < len(axes):
+                yield axes[choice]
+
+    def _rounds(self) -> list[list[str]]:
+        """Return sets of groups that can be cut together: of those that overlap, whole blocks first, then places."""
+        apart = [name for name, group in self.groups.items() if not group.overlaps]
+        crossing = [name for name, group in self.groups.items() if group.overlaps]
+        rounds: list[list[str]] = []
+        while crossing or not rounds:
+            taken: set[tuple[str, int]] = set()
+            now = []
+            for name in sorted(crossing, key=lambda name: self.groups[name].kind != "block"):
+                places = {(member.tensor, member.dim) for member in self.groups[name].members}
+                if not places & taken:
+                    now.append(name)
+                    taken |= places
+            crossing = [name for name in crossing if name not in now]
+            rounds.append(apart + now if not rounds else now)
+        return [names for names in rounds if names]
+
+    def _improve(self) -> bool:
+        """Learn from the first trial that fails; tell whether there was one."""
+        for names in self._rounds():
+            if (failure := self._failure(names)) is not None:
+                if not self._choose_again(names, failure):
+                    self._pin_culprits(names, failure)
+                return True
+        for key, sets in self._shared_attributes().items():
+            self.shared.add(key)
+            failures = {i: found for i, names in enumerate(sets) if (found := self._failure(names)) is not None}
+            if len(failures) > 1:
+                self._tie(key, set(failures))
+                return True
+            for i, failure in failures.items():
+                self._pin_culprits(sets[i], failure)
+                return True
+        return False
 
     def _failure(self, names: Iterable[str]) -> _Failure | None:
         """Return how a copy without one unit of each group fails to run, None when it runs."""
-        compact = cut(self.model, self._dependencies(), _one_of_each(self.groups[name] for name in names))
-        stack: list[str] = []
-        with _followed(compact, stack):
-            try:
-                _run(compact, self.inputs)
-            except Exception as error:
-                return _Failure(stack[-1] if stack else "", _explained(error))
+        compact = cut(self.model, self.found, _one_of_each(self.groups[name] for name in names))
+        stack = _follow(compact)
+        try:
+            _run(compact, self.inputs)
+        except Exception as error:
+            return _Failure(stack[-1] if stack else "", _explained(error))
         return None
 
-    def _choose_again(self, failure: _Failure) -> bool:
+    def _choose_again(self, names: Sequence[str], failure: _Failure) -> bool:
         """Find other meanings of the attributes of the module that failed; tell whether that helped."""
         kind = self.classes.get(failure.module, "")
-        if kind in self.tried:
+        counts: dict[_Attribute, int] = defaultdict(int)
+        for (module, attribute, item), axes in self.candidates.items():
+            if self.classes.get(module) == kind:
+                counts[kind, attribute, item] = max(counts[kind, attribute, item], len(axes))
+        if kind in self.given_up or not counts:
             return False
-        self.tried.add(kind)
-        options: dict[tuple[str, str, int | None], int] = {}
-        counts: dict[tuple[str, str, int | None], int] = defaultdict(int)
-        for length in self.lengths:
-            if self.classes.get(length.module) == kind:
-                counts[length.module, length.attribute, length.item] += 1
-        for (_, attribute, item), count in counts.items():
-            options[kind, attribute, item] = max(count, options.get((kind, attribute, item), 0))
         before = dict(self.chosen)
-        choices = itertools.product(*([*range(count), -1] for count in options.values()))
+        choices = itertools.product(*([*range(count), -1] for count in counts.values()))
         for choice in itertools.islice(choices, _MOST_CHOICES):
-            self.chosen = {**before, **dict(zip(options, choice, strict=True))}
-            now = self._failure(self.groups)
+            self.chosen = {**before, **dict(zip(counts, choice, strict=True))}
+            self.found = replace(self.found, lengths=tuple(self._lengths()))
+            now = self._failure(names)
             if now is None or self.classes.get(now.module) != kind:
                 return True
+        self.given_up.add(kind)
         self.chosen = before
+        self.found = replace(self.found, lengths=tuple(self._lengths()))
         return False
 
-    def _pin_culprits(self, failure: _Failure) -> None:
+    def _pin_culprits(self, names: Sequence[str], failure: _Failure) -> None:
         """Pin the groups that fail alone; when none does, all that touch the module that failed."""
-        near = [name for name in self.groups if self._touches(name, failure.module)] or list(self.groups)
+        near = [name for name in names if self._touches(name, failure.module)] or list(names)
         alone = {name: found for name in near if (found := self._failure([name])) is not None}
-        for name in near if not alone else alone:
+        for name in alone or near:
             self._pin(name, alone.get(name, failure).reason)
 
     def _touches(self, name: str, module: str) -> bool:
-        prefix = f"{module}." if module else ""
-        parent = prefix.removesuffix(".").rpartition(".")[0]
-        members = [member.tensor for member in self.groups[name].members]
-        if any(tensor.startswith(prefix) for tensor in members):
-            return True
-        return any(tensor.startswith(f"{parent}." if parent else "") for tensor in members)
+        """Tell whether a group has a member in a module or beside it."""
+        parent = module.rpartition(".")[0]
+        return any(member.tensor.startswith(f"{parent}." if parent else "") for member in self.groups[name].members)
+
+    def _shared_attributes(self) -> dict[_Attribute, list[list[str]]]:
+        """Return the groups that shorten each of the axes of attributes with several, by class of module."""
+        axes: dict[_Attribute, list[set[str]]] = defaultdict(list)
+        for (module, attribute, item), lengths in self.candidates.items():
+            key = (self.classes.get(module, ""), attribute, item)
+            if len(lengths) > 1 and key not in self.shared:
+                for i, length in enumerate(lengths):
+                    axes[key] += [set() for _ in range(i + 1 - len(axes[key]))]
+                    axes[key][i] |= {name for name, _ in length.parts}
+        return {key: [sorted(names & self.groups.keys()) for names in sets] for key, sets in axes.items()}
+
+    def _tie(self, key: _Attribute, which: set[int]) -> None:
+        """Make axes that one attribute stands for change together, in every module of the class."""
+        for (module, attribute, item), lengths in self.candidates.items():
+            if (self.classes.get(module, ""), attribute, item) == key:
+                self.run.tie([length for i, length in enumerate(lengths) if i in which])
 
     def _unlike(self, names: Sequence[str]) -> list[str]:
         """Return the groups whose cut gives other outputs than their zeroing, by halving."""
@@ -152,12 +209,19 @@ class _Settling:
 
     def _equal(self, names: Sequence[str]) -> bool:
         removal = _one_of_each(self.groups[name] for name in names)
-        found = self._dependencies()
-        compact = _run(cut(self.model, found, removal), self.inputs)
-        return same_outputs(compact, _run(mask(self.model, found, removal), self.inputs))
+        try:
+            compact = _run(cut(self.model, self.found, removal), self.inputs)
+        except Exception:  # whatever its own code raises
+            return False
+        masked = _run(mask(self.model, self.found, removal), self.inputs)
+        if same_outputs(compact, masked):
+            return True
+        # where a weight is divided by its norm, zero has no direction; almost zero has
+        faint = _run(mask(self.model, self.found, removal, _FAINT), self.inputs)
+        return not _finite(masked) and same_outputs(compact, faint)
 
     def _pin(self, name: str, reason: str) -> None:
-        self.pinned.append(replace(self.groups.pop(name), pinned=reason))
+        self.run.pin(name, reason)
 
 
 def same_outputs(one: Any, other: Any, tolerance: float = 1e-3) -> bool:
@@ -188,9 +252,9 @@ def _run(model: nn.Module, inputs: Inputs) -> Any:
         return model.eval()(*inputs)
 
 
-@contextmanager
-def _followed(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the names of the running modules in `stack`, also when one fails."""
+def _follow(model: nn.Module) -> list[str]:
+    """Return a list that holds the names of the running modules, also when one fails."""
+    stack: list[str] = []
 
     def enter(name: str) -> Any:
         return lambda module, args: stack.append(name)
@@ -201,7 +265,11 @@ def _followed(model: nn.Module, stack: list[str]) -> Iterator[None]:
     for name, module in model.named_modules():
         module.register_forward_pre_hook(enter(name))
         module.register_forward_hook(leave)
-    yield
+    return stack
+
+
+def _finite(outputs: Any) -> bool:
+    return all(bool(x.isfinite().all()) for x in tree_leaves(outputs) if isinstance(x, torch.Tensor))
 
 
 def _explained(error: Exception) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from rarefy.dependencies.groups import Dependencies, Removal, tensors
+from rarefy.dependencies.groups import Dependencies, Group, Removal, tensors
 from rarefy.errors import StageError
 from rarefy.modules.attention import opened
 from rarefy.technique import replace_
@@ -51,8 +52,8 @@ def cut(model: nn.Module, dependencies: Dependencies, removal: Removal) -> nn.Mo
     return result
 
 
-def mask(model: nn.Module, dependencies: Dependencies, removal: Removal) -> nn.Module:
-    """Return a copy of `model` with the slices of the units in `removal` set to zero; shapes stay."""
+def mask(model: nn.Module, dependencies: Dependencies, removal: Removal, factor: float = 0.0) -> nn.Module:
+    """Return a copy of `model` with the slices of the units in `removal` times `factor`; shapes stay."""
     result = copy.deepcopy(model)
     found = tensors(result)
     for name, units in checked(dependencies, removal).items():
@@ -60,7 +61,9 @@ def mask(model: nn.Module, dependencies: Dependencies, removal: Removal) -> nn.M
             tensor = found[member.tensor]
             if tensor.is_floating_point() or tensor.is_complex():
                 with torch.no_grad():
-                    tensor.index_fill_(member.dim, member.indices[units].flatten().to(tensor.device), 0)
+                    where = member.indices[units].flatten().to(tensor.device)
+                    slices = tensor.index_select(member.dim, where)
+                    tensor.index_copy_(member.dim, where, slices * factor if factor else torch.zeros_like(slices))
     return result
 
 
@@ -69,7 +72,7 @@ def checked(dependencies: Dependencies, removal: Removal) -> dict[str, torch.Ten
     result = {}
     for name, units in removal.items():
         group = dependencies[name]
-        units = torch.as_tensor(units, dtype=torch.int64, device="cpu").unique()
+        units = torch.unique(torch.as_tensor(units, dtype=torch.int64, device="cpu"))
         if not len(units):
             continue
         if group.pinned is not None:
@@ -79,7 +82,20 @@ def checked(dependencies: Dependencies, removal: Removal) -> dict[str, torch.Ten
                 f"group {name!r} has the units 0 to {group.units - 1}, not {int(units[0])}..{int(units[-1])}"
             )
         result[name] = units
+    _refuse_crossing([dependencies[name] for name in result])
     return result
+
+
+def _refuse_crossing(groups: Sequence[Group]) -> None:
+    users: dict[tuple[str, int], str] = {}
+    for group in groups:
+        for member in group.members if group.overlaps else ():
+            other = users.setdefault((member.tensor, member.dim), group.name)
+            if other != group.name:
+                raise StageError(
+                    f"the groups {other!r} and {group.name!r} cut {member.tensor!r} in two ways at once; "
+                    "cut one of them, then find the dependencies again"
+                )
 
 
 def removed(dependencies: Dependencies, removal: Removal) -> dict[tuple[str, int], torch.Tensor]:
@@ -88,7 +104,7 @@ def removed(dependencies: Dependencies, removal: Removal) -> dict[tuple[str, int
     for name, units in removal.items():
         for member in dependencies[name].members:
             gone[member.tensor, member.dim].append(member.indices[units].flatten())
-    return {key: torch.cat(indices).unique() for key, indices in gone.items()}
+    return {key: torch.unique(torch.cat(indices)) for key, indices in gone.items()}
 
 
 def _kept(model: nn.Module, dependencies: Dependencies, removal: Removal) -> dict[tuple[str, int], torch.Tensor]:

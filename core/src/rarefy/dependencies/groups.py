@@ -12,6 +12,9 @@ from torch import nn
 from rarefy.errors import StageError
 
 
+Kind = Literal["channel", "block", "position"]
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """The slices of one tensor that belong to the units of a group."""
@@ -35,7 +38,7 @@ class Group:
     name: str
     """The first tensor that produces the units, without `.weight`; unique in a model."""
     members: tuple[Member, ...]
-    kind: Literal["channel", "block", "position"] = "channel"
+    kind: Kind = "channel"
     """`block` for whole heads or convolution groups, `position` for equal places in each of them."""
     pinned: str | None = None
     """Why nothing of it may be cut; None when it may."""
@@ -65,7 +68,7 @@ class Length:
     def after(self, removal: Removal) -> int:
         """Return the length that is left."""
         gone = [positions[removal[name]].flatten() for name, positions in self.parts if name in removal]
-        return self.before - (int((torch.cat(gone).unique() >= 0).sum()) if gone else 0)
+        return self.before - (int((torch.unique(torch.cat(gone)) >= 0).sum()) if gone else 0)
 
 
 @dataclass(frozen=True, eq=False)

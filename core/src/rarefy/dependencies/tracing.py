@@ -40,6 +40,12 @@ class Call:
     operator: Any
     arguments: Mapping[str, Any]
     out: Any
+    shapes: Mapping[int, torch.Size]
+    """Shapes before the call of the tensors that it changes in place, by identity."""
+
+    def shape(self, tensor: torch.Tensor) -> torch.Size:
+        """Return the shape of an argument as it was before the call."""
+        return self.shapes.get(id(tensor), tensor.shape)
 
     def __getitem__(self, name: str) -> Any:
         """Return an argument by its name in the operator's schema."""
@@ -122,30 +128,32 @@ def _same_size(one: Size, other: Size) -> bool:
     )
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from rarefy.dependencies.operators import rule_of
 
+        in_place = func._schema.name.endswith("_")
+        shapes = {id(t): t.shape for t in args if isinstance(t, torch.Tensor)} if in_place else {}
         out = func(*args, **(kwargs or {}))
-        call = _call(func, args, kwargs or {}, out)
+        call = _call(func, args, kwargs or {}, out, shapes)
         rule_of(call)(self.trace, call)
         for tensor in (*call.tensors, *call.outputs):
             self.trace.note(tensor)
         return out
 
 
-def _call(func: Any, args: Any, kwargs: Any, out: Any) -> Call:
+def _call(func: Any, args: Any, kwargs: Any, out: Any, shapes: Mapping[int, torch.Size]) -> Call:
     schema = func._schema
     arguments = {}
     for i, argument in enumerate(schema.arguments):
         default = argument.default_value if argument.has_default_value() else None
         arguments[argument.name] = args[i] if i < len(args) else kwargs.get(argument.name, default)
     name = schema.name.partition("::")[2]
-    return Call(name.rstrip("_") if not name.startswith("__") else name, func, arguments, out)
+    return Call(name.rstrip("_") if not name.startswith("__") else name, func, arguments, out, shapes)
 
 
 class _Functions(TorchFunctionMode):

@@ -88,9 +88,8 @@ class MultiheadAttention(nn.Module):
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        shape = (-1, self.num_heads, self.head_dim)
         projected = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
-        return [x.unflatten(-1, shape[1:]).transpose(1, 2) for x in projected]
+        return [x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in projected]
 
     def _mask(
         self, mask: torch.Tensor | None, padding: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, causal: bool
@@ -100,7 +99,7 @@ class MultiheadAttention(nn.Module):
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
         if mask is not None and mask.dim() == 3:
             # (batch * heads, queries, keys), which only fits as long as no head was removed
-            mask = mask.unflatten(0, (q.shape[0], -1))
+            mask = mask.view(q.shape[0], -1, *mask.shape[1:])
         parts = [mask] if mask is not None else []
         if padding is not None:
             parts.append(padding[:, None, None, :])

@@ -28,7 +28,7 @@ def move(trace: Trace, call: Call) -> None:
         ]
         return call.operator(*positional, **arguments)
 
-    fields = [field.expand(source.shape) for field in trace.fields(source)]
+    fields = [field.expand(call.shape(source)) for field in trace.fields(source)]
     results = [again(field) for field in fields]
     for i, out in enumerate(call.outputs):
         parts = [result[i] if isinstance(result, list | tuple) else result for result in results]
@@ -117,6 +117,14 @@ def _parts(trace: Trace, source: torch.Tensor, dim: int, count: int) -> list[Fie
                 if axes(one):
                     fields.append(one)
     return rest
+
+
+def glu(trace: Trace, call: Call) -> None:
+    """Tie the two halves, one of which gates the other."""
+    source, dim = call["self"], call["dim"] % call["self"].dim()
+    first, second = _parts(trace, source, dim, 2)
+    shape = call.outputs[0].shape
+    trace.set(call.outputs[0], trace.algebra.meet(first, shape, second, shape, UNKNOWN))
 
 
 def cat(trace: Trace, call: Call) -> None:
@@ -239,6 +247,7 @@ RULES: dict[str, Rule] = {
     "flip": move,
     "slice": cut,
     "narrow": gather,
+    "glu": glu,
     "cat": cat,
     "stack": stack,
     "index": index,

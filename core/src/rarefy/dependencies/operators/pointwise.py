@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from rarefy.dependencies.fields import Fields, along
@@ -23,7 +24,7 @@ def combined(trace: Trace, tensors: Sequence[torch.Tensor]) -> Fields:
     shape: Sequence[int] = ()
     for tensor in tensors:
         fields = trace.algebra.meet(fields, shape, trace.fields(tensor), tensor.shape, UNKNOWN)
-        shape = torch.broadcast_shapes(torch.Size(shape), tensor.shape)
+        shape = np.broadcast_shapes(tuple(shape), tuple(tensor.shape))
     return fields
 
 

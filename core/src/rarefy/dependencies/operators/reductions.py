@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
 from rarefy.dependencies.fields import Field, Fields, axes
 from rarefy.dependencies.tracing import Call, Rule, Trace
 
