@@ -29,7 +29,7 @@ def second_derivatives(
     """Return d2L/dw^2 per weight, mean over the samples of some batches, for each layer that has an effect.
 
     It is exact where `probes` products suffice, else an estimate without bias (Hutchinson, with random signs).
-    Raises `StageError` when the model cannot be differentiated twice.
+    Raises `StageError` when the model cannot be differentiated twice, or its loss is linear in a layer.
     """
     found: dict[str, torch.Tensor] = {}
     owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
@@ -100,10 +100,9 @@ class _Products:
         if gradient is None:
             return None
         diagonal = torch.zeros_like(place)
-        for vector, factor in self.vectors(place, shape) if gradient.requires_grad else ():
-            (product,) = torch.autograd.grad(gradient, place, vector, retain_graph=True, allow_unused=True)
-            if product is not None:
-                diagonal += factor * vector * product
+        for vector, factor in self.vectors(place, shape):
+            (product,) = torch.autograd.grad(gradient, place, vector, retain_graph=True)
+            diagonal += factor * vector * product
         return diagonal.detach()
 
     def vectors(self, place: torch.Tensor, shape: torch.Size) -> Iterator[tuple[torch.Tensor, float]]:
