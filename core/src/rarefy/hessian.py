@@ -71,10 +71,10 @@ class InputHessian:
         self.mean = torch.zeros(shape, dtype=dtype, device=layer.weight.device)
 
     @torch.no_grad()
-    def update(self, inputs: torch.Tensor) -> None:
-        """Take in one input of the layer, with any number of samples."""
+    def update(self, inputs: torch.Tensor, user: nn.Module | None = None) -> None:
+        """Take in one input of the layer, with any number of samples; or of `user`, a layer that shares its weight."""
         for part in self._parts(inputs):
-            x = unfold(self.layer, part.to(self.mean))
+            x = unfold(user or self.layer, part.to(self.mean))
             if x.shape[1] == 0:
                 continue
             self.seen += x.shape[1]
@@ -120,30 +120,30 @@ class InputHessian:
         return torch.split(inputs, max(1, _WORKSPACE // max(1, one)))
 
 
-def inverse(hessian: torch.Tensor) -> torch.Tensor:
+def inverse(hessian: torch.Tensor, name: str = "a layer") -> torch.Tensor:
     """Return H^-1 of symmetric positive definite matrices `(..., n, n)`; raise `StageError` when they are not."""
-    return torch.cholesky_inverse(_cholesky(hessian))
+    return torch.cholesky_inverse(_cholesky(hessian, name))
 
 
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+def inverse_factor(hessian: torch.Tensor, name: str = "a layer") -> torch.Tensor:
     """Return the upper triangular U with H^-1 = U^T U, for `(..., n, n)`; raise `StageError` when there is none.
 
     Its row j is [H_F^-1]_j / sqrt([H_F^-1]_jj) where F is j and all later inputs, so it holds every inverse that is
     needed when inputs are treated from the first to the last (Frantar et al. 2023, GPTQ, step 3).
     """
     # H = R R^T with R upper is the Cholesky factorization of H read from its last row to its first; then U = R^-1
-    upper = _cholesky(hessian.flip(-2, -1)).flip(-2, -1)
+    upper = _cholesky(hessian.flip(-2, -1), name).flip(-2, -1)
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
     factor: torch.Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return factor
 
 
-def _cholesky(hessian: torch.Tensor) -> torch.Tensor:
+def _cholesky(hessian: torch.Tensor, name: str) -> torch.Tensor:
     factor: torch.Tensor
     factor, info = torch.linalg.cholesky_ex(hessian)
     if bool(info.any()):
         raise StageError(
-            "the Hessian of a layer's inputs is not positive definite; raise `damping`, or calibrate with more batches"
+            f"the input Hessian of {name} is not positive definite; raise `damping`, or calibrate with more batches"
         )
     return factor
 

@@ -1,0 +1,1 @@
+"""Pruning that corrects the weights it keeps, by the inverse Hessian of the error."""
