@@ -145,10 +145,10 @@ class WeightCriterion(Technique[ConfigT]):
         measured = self.measure(model, weights, task) if weights else {}
         missing = [w.name for w in weights if measured and w.name not in measured]
         broken = [name for name, tensor in measured.items() if not torch.isfinite(tensor).all()]
-        for names, what in ((missing, "takes no part in the model's outputs"), (broken, "has NaN or infinite values")):
+        for names, what in ((missing, "takes no part in it"), (broken, "has NaN or infinite values")):
             if names:
                 raise StageError(
-                    f"{self.config.registered_name()!r} measures each layer on data, and there {names[0]!r} {what}; "
+                    f"{self.config.registered_name()!r} measures each layer on data, and {names[0]!r} {what}; "
                     "mend that, or leave the layer out with `targets.exclude`"
                 )
         return measured
