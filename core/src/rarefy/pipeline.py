@@ -77,6 +77,8 @@ class Pipeline:
         task: Task | None = None,
         registry: Registry | None = None,
     ) -> None:
+        steps = tuple(part for step in recipe.steps for part in step.parts())
+        recipe = recipe.model_copy(update={"steps": steps})
         check_order(recipe.steps)
         self.recipe, self.registry, self.folder = recipe, registry or get(), RunDir(directory)
         self.techniques = [self._technique(i, config) for i, config in enumerate(recipe.steps)]

@@ -40,7 +40,7 @@ def plan(recipe: Recipe) -> list[PlanRow]:
         if recipe.train_first
         else PlanRow("original", "", parameters(model), flops(model, inputs), 0)
     ]
-    for index, config in enumerate(recipe.steps):
+    for index, config in enumerate(part for step in recipe.steps for part in step.parts()):
         technique: Technique[Any] = implement(config)
         note = ""
         if not config.traits.new_architecture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -26,6 +27,10 @@ class TechniqueConfig(Noun):
     """Fine-tuning after the transformation; none when absent."""
     allow_unchanged: bool = False
     """Accept that the step changes nothing; otherwise that is an error."""
+
+    def parts(self) -> Sequence[TechniqueConfig]:
+        """Return the steps this one stands for: itself, or several when it is done in rounds."""
+        return [self]
 
 
 class ExporterConfig(Noun):

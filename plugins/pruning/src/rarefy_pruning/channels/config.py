@@ -1,0 +1,160 @@
+"""Options of the techniques that remove whole channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from rarefy_schemas import TechniqueConfig, Traits
+from rarefy_schemas.base import Schema
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Target(Schema):
+    """What has to be left of a measure."""
+
+    measure: Literal["flops", "parameters", "bytes"] = "flops"
+    """`flops` of one sample, number of `parameters`, or `bytes` of parameters and buffers before any coding."""
+    share: float = Field(gt=0, lt=1)
+    """Share of the measure that is left, 0.5 for half."""
+
+
+class ChannelPruning(TechniqueConfig):
+    """Options of every technique that removes channels, heads or neurons with all that depends on them."""
+
+    traits: ClassVar[Traits] = Traits(changes_shapes=True, needs_dense_floats=True)
+
+    amount: Share | None = None
+    """Share of the units that is removed; give this or `target`, or `per_layer` alone."""
+    target: Target | None = None
+    """Removes as many units as it takes to get there."""
+    per_layer: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
+    """Shares of single groups by name pattern (`stage1.*: 0.3`, 0 to leave them whole); the first match counts."""
+    scope: Literal["layer", "global", "alike"] = "layer"
+    """The same share in each group, or the lowest scores of all groups together, or of groups of like structure
+    together (isomorphic pruning)."""
+    normalize: Literal["mean", "none"] = "mean"
+    """Whether scores are divided by their group's mean before groups are compared."""
+    least: float = Field(default=0.1, ge=0, lt=1)
+    """Share of each group that stays in any case; at least one unit always does."""
+    round_to: int = Field(default=8, ge=1)
+    """Widths are rounded up to a multiple of this in groups of at least four times as many units."""
+    blocks: Literal["whole", "inside"] = "whole"
+    """Where heads or convolution groups can go whole or lose equal places inside each: which of the two."""
+    statistics: bool = True
+    """Whether groups are cut over which a mean, a variance or a scale is taken, as the width of a transformer."""
+    rounds: int = Field(default=1, ge=1)
+    """Number of times the step is done, each followed by its fine-tuning; together they remove what is asked for."""
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Self:
+        if self.amount is not None and self.target is not None:
+            raise ValueError("`amount` and `target` both say how much is removed; give one")
+        if self.amount is None and self.target is None and not self.per_layer:
+            raise ValueError("give `amount`, the share of units to remove, `target`, what to reach, or `per_layer`")
+        if self.rounds > 1 and self.finetune is None:
+            raise ValueError("`rounds` fine-tunes between cuts: give `finetune`, or leave it at 1")
+        return self
+
+    def parts(self) -> Sequence[TechniqueConfig]:
+        """Return one step per round; what is left after each is the same share of what was there."""
+        if self.rounds == 1:
+            return [self]
+
+        def root(share: float) -> float:
+            return float(share ** (1 / self.rounds))
+
+        once = {
+            "rounds": 1,
+            "amount": None if self.amount is None else 1 - root(1 - self.amount),
+            "per_layer": {name: 1 - root(1 - share) for name, share in self.per_layer.items()},
+            "target": self.target and self.target.model_copy(update={"share": root(self.target.share)}),
+        }
+        name = self.name or self.registered_name()
+        return [
+            self.model_copy(update={**once, "name": f"{name} ({i + 1} of {self.rounds})"}) for i in range(self.rounds)
+        ]
+
+
+class MeasuredChannelPruning(ChannelPruning):
+    """Options of the criteria that look at data."""
+
+    batches: int = Field(default=8, ge=1)
+    """Batches of the training split that are looked at."""
+
+
+class ChannelL1Config(ChannelPruning):
+    """Remove the channels whose filters have the smallest sum of magnitudes."""
+
+    implementation: ClassVar[str] = "rarefy_pruning.channels.weights:L1"
+    paper: ClassVar[str] = "Li et al. 2017, Pruning filters for efficient convnets"
+    technique: Literal["pruning/channel-l1"] = "pruning/channel-l1"
+
+
+class ChannelL2Config(ChannelPruning):
+    """Remove the channels whose filters have the smallest Euclidean norm."""
+
+    implementation: ClassVar[str] = "rarefy_pruning.channels.weights:L2"
+    paper: ClassVar[str] = "He et al. 2018, Soft filter pruning"
+    technique: Literal["pruning/channel-l2"] = "pruning/channel-l2"
+
+
+class ChannelGeometricMedianConfig(ChannelPruning):
+    """Remove the channels whose filters are nearest to all others, as the others can stand in for them."""
+
+    implementation: ClassVar[str] = "rarefy_pruning.channels.weights:GeometricMedian"
+    paper: ClassVar[str] = "He et al. 2019, Filter pruning via geometric median"
+    technique: Literal["pruning/channel-geometric-median"] = "pruning/channel-geometric-median"
+
+
+class ChannelBatchNormConfig(ChannelPruning):
+    """Remove the channels with the smallest batch normalization scales."""
+
+    implementation: ClassVar[str] = "rarefy_pruning.channels.weights:BatchNormScale"
+    paper: ClassVar[str] = "Liu et al. 2017, Learning efficient convolutional networks through network slimming"
+    technique: Literal["pruning/channel-batch-norm"] = "pruning/channel-batch-norm"
+
+
+class ChannelRandomConfig(ChannelPruning):
+    """Remove channels at random, the baseline of every criterion."""
+
+    implementation: ClassVar[str] = "rarefy_pruning.channels.weights:Random"
+    technique: Literal["pruning/channel-random"] = "pruning/channel-random"
+
+
+class ChannelTaylorConfig(MeasuredChannelPruning):
+    """Remove the channels whose removal changes the loss least, to first order."""
+
+    implementation: ClassVar[str] = "rarefy_pruning.channels.gates:Taylor"
+    paper: ClassVar[str] = (
+        "Molchanov et al. 2017, Pruning convolutional neural networks for resource efficient inference"
+    )
+    traits: ClassVar[Traits] = Traits(data="labelled", changes_shapes=True, needs_dense_floats=True)
+    technique: Literal["pruning/channel-taylor"] = "pruning/channel-taylor"
+
+
+class ChannelFisherConfig(MeasuredChannelPruning):
+    """Remove the channels whose removal changes the loss least, to second order by the Fisher information."""
+
+    implementation: ClassVar[str] = "rarefy_pruning.channels.gates:Fisher"
+    paper: ClassVar[str] = "Theis et al. 2018, Faster gaze prediction; Liu et al. 2021, Group Fisher pruning"
+    traits: ClassVar[Traits] = Traits(data="labelled", changes_shapes=True, needs_dense_floats=True)
+    technique: Literal["pruning/channel-fisher"] = "pruning/channel-fisher"
+    samples: int = Field(default=128, ge=1)
+    """Samples whose gradients are taken one by one."""
+
+
+class ChannelActivationConfig(MeasuredChannelPruning):
+    """Remove the channels that the next layers see least of."""
+
+    implementation: ClassVar[str] = "rarefy_pruning.channels.activations:Activation"
+    paper: ClassVar[str] = (
+        "Hu et al. 2016, Network trimming; Polyak & Wolf 2015, Channel-level acceleration of deep face representations"
+    )
+    traits: ClassVar[Traits] = Traits(data="unlabelled", changes_shapes=True, needs_dense_floats=True)
+    technique: Literal["pruning/channel-activation"] = "pruning/channel-activation"
+    statistic: Literal["mean", "nonzero", "deviation"] = "mean"
+    """`mean` of |activation|; `nonzero`, the share of activations that are not zero (one minus APoZ); or the standard
+    `deviation` over samples and positions."""
