@@ -1,0 +1,1 @@
+"""Regularised training that makes whole structures die, and their removal."""
