@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rarefy_schemas import TechniqueConfig, Traits
 
 
@@ -39,6 +39,14 @@ class DataFreeConfig(TechniqueConfig):
 
     technique: Literal["pruning/data-free"] = "pruning/data-free"
     amount: float | None = Field(default=None, gt=0, lt=1)
-    """Share of each layer's neurons to merge away, of which one stays; when absent, the knee of the saliencies."""
+    """Share of each layer's neurons to merge away, of which one stays; when absent, `cutoff` decides."""
     per_layer: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
     """Shares of single layers by name pattern (`features.*: 0.6`); the first pattern that matches counts."""
+    cutoff: float | None = Field(default=None, gt=0, lt=1)
+    """Merge until the next merge costs more than this share of all pairs did at first; 0.1 when absent."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if self.amount is not None and self.cutoff is not None:
+            raise ValueError("`amount` and `cutoff` both say how many neurons go; leave one out")
+        return self
