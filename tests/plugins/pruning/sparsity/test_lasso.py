@@ -17,11 +17,13 @@ from rarefy.recipe import load_recipe
 from rarefy.rules import rules_for
 from rarefy.tasks import ClassificationTask
 from rarefy.testing import TechniqueConformance
+from rarefy.testing.subjects import small_model, small_task
 from rarefy.training import fit
 from rarefy.zoo.resnet import ResNet
 from rarefy_pruning.sparsity.config import GroupLassoConfig, KernelLassoConfig
 from rarefy_pruning.sparsity.lasso import CuttingLasso, Lasso, ZeroingLasso
 from rarefy_pruning.sparsity.removal import remove_dead
+from rarefy_pruning.sparsity.slices import scale_
 from rarefy_schemas import Finetune
 from torch import nn
 
@@ -292,6 +294,33 @@ class TestTargets:
         plan = CuttingLasso(config).analyze(trained_digits, digits_task).plan
         sizes = {part.name: part.sizes(dict(trained_digits.named_parameters())) for part in plan.structures}
         assert sizes["fc1"].tolist() == [16 * 64] * 32
+
+    def test_channels_of_grouped_convolutions_go_by_whole_groups(self) -> None:
+        config = GroupLassoConfig(strength=1.0, finetune={"epochs": 1})
+        plan = CuttingLasso(config).analyze(small_model(), small_task()).plan
+        assert {part.name: len(part) for part in plan.structures} == {"stem": 2, "wide": 32, "hidden": 48}
+
+    def test_depthwise_convolutions_die_with_what_feeds_them(self, digits_task: ClassificationTask) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
+            *(
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.Conv2d(6, 8, 1),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(8, 10),
+            ),
+        )
+        technique = CuttingLasso(GroupLassoConfig(strength=1.0, finetune={"epochs": 1}))
+        changed = technique.transform(model, technique.analyze(model, digits_task), digits_task)
+        (unit,) = (part for part in technique.found.structures if part.name == "0")
+        assert unit.sizes(dict(model.named_parameters())).tolist() == [9 + 1 + 2 + 9 + 1 + 2 + 8] * 6
+        scale_(unit, dict(changed.named_parameters()), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0]))
+        compact = technique.consolidate(copy.deepcopy(changed))
+        assert (compact[0].out_channels, compact[3].groups, compact[6].in_channels) == (4, 4, 4)
+        assert difference(changed, compact, digits_task) < 1e-6
 
 
 class TestBadInput:

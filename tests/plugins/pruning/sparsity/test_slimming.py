@@ -94,6 +94,20 @@ class TestCut:
         slim(smooth, convolutions(padding=0), digits_task)
         assert not any("pad with zeros" in note for note in smooth.notes)
 
+    def test_a_depthwise_convolution_passes_a_constant_that_has_a_border(self, digits_task: ClassificationTask) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
+            *(nn.ReLU(), nn.Conv2d(6, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+        )
+        nn.init.uniform_(model[1].weight, 0.5, 1.5)
+        nn.init.ones_(model[1].bias)
+        technique = NetworkSlimming(NetworkSlimmingConfig(amount=0.5))
+        compact = slim(technique, model, digits_task)
+        assert (compact[3].groups, compact[5].in_channels) == (3, 3)
+        # the border of the depthwise convolution is no constant
+        assert any("pad with zeros" in note for note in technique.notes)
+
     def test_a_layer_whose_scales_are_all_small_keeps_its_strongest(self, digits_task: ClassificationTask) -> None:
         model = convolutions()
         with torch.no_grad():

@@ -28,8 +28,12 @@ class Layers:
         return member.tensor in self.by_weight and member.dim == 0
 
     def reads(self, member: Member) -> bool:
-        """Tell whether the member holds the inputs of a layer, which a grouped convolution has only within a group."""
-        return member.tensor in self.by_weight and member.dim == 1 and _groups(self.by_weight[member.tensor]) == 1
+        """Tell whether the member holds the input channels of a layer, one position for each."""
+        return member.tensor in self.by_weight and member.dim == 1 and not self.reads_in_groups(member)
+
+    def reads_in_groups(self, member: Member) -> bool:
+        """Tell whether the member holds the inputs of a grouped convolution, one position for a channel per group."""
+        return getattr(self.by_weight.get(member.tensor), "groups", 1) > 1 and member.dim == 1
 
 
 def layer_name(member: Member) -> str:
@@ -49,10 +53,6 @@ def refusal(group: Group) -> str | None:
         return group.pinned
     if group.changes_statistics:
         return f"a mean or a variance is taken over the units of {group.name!r}, so that a cut changes all of them"
-    if group.kind == "position":
+    if group.kind == "position" and group.overlaps:
         return f"the units of {group.name!r} are equal places in several blocks; whole blocks can be cut instead"
     return None
-
-
-def _groups(layer: nn.Module) -> int:
-    return int(getattr(layer, "groups", 1))

@@ -119,6 +119,8 @@ def absorbable(group: Group, layers: Layers, found: Mapping[str, Signal]) -> tor
             inside = signal.mean == 0 if pads_with_zeros(layer) else torch.ones_like(signal.constant)
             taken = (signal.constant & inside).cpu()[member.indices].all(1)
             fine &= taken | _zero({member.tensor: layer.weight}, [member])
+        elif layers.reads_in_groups(member):
+            fine &= _zero({member.tensor: layers.by_weight[member.tensor].weight}, [member])
     return fine
 
 

@@ -95,8 +95,8 @@ class NetworkSlimming(Technique[NetworkSlimmingConfig]):
         rough = sum(int((~absorbable(group, layers, found))[removal[group.name]].sum()) for group in groups)
         if rough:
             self.notes.append(
-                f"{rough} of the channels cut fed a constant to layers that pad with zeros; the biases that take it "
-                "over are exact away from the borders only."
+                f"{rough} of the channels cut fed a constant to layers that pad with zeros or have groups; the biases "
+                "take it over away from the borders, and not within groups."
             )
         return cut_constant(model, self.inputs, self.dependencies, removal, found)
 
