@@ -253,3 +253,16 @@ class TestDropout:
     def test_other_schedules_leave_it(self, blobs: ClassificationTask, compress: Any) -> None:
         pruned = compress(Dropping(), MagnitudeConfig(per_layer={"two": 0.75}, finetune=EPOCH), blobs)
         assert pruned.last.p == 0.5
+
+
+@pytest.mark.parametrize("target", [{"amount": 0.5, "scope": "layer"}, {"amount": 0.5}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("schedule", ["one-shot", "cubic", "iterative"])
+def test_a_layer_that_starts_at_zero_is_skipped_and_may_learn(
+    target: dict[str, Any], schedule: Any, blobs: ClassificationTask, compress: Any
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    nn.init.zeros_(model[2].weight)
+    config = MagnitudeConfig(schedule=schedule, finetune={"epochs": 2, "lr": 0.02}, **target)
+    assert [layer.name for layer in implement(config).analyze(model, blobs).skipped] == ["2"]
+    assert zeros(compress(model, config, blobs)) == [48 if "amount" in target else 32, 0]

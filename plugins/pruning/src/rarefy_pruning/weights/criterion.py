@@ -35,8 +35,8 @@ class WeightCriterion(Technique[ConfigT]):
         super().__init__(config)
         self.task: Task | None = None
         """Where `measure` finds data once `transform` was called."""
-        self.shares: dict[str, float | None] = {}
-        """Share of zeros per layer as `transform` found it, for shares that depend on the weights."""
+        self.shares: dict[str, float | None] | None = None
+        """What `transform` found: the layers to prune, each with the share of zeros that it has for itself, or None."""
         self.dropouts: Dropouts | None = None
         """Dropout that an iterative schedule adjusts."""
 
@@ -118,11 +118,12 @@ class WeightCriterion(Technique[ConfigT]):
         return kinds.get(config.schedule, AtEnd())
 
     def _budgets(self, model: nn.Module) -> tuple[list[Budget], list[LayerWeight]]:
-        weights, _ = layer_weights(model, self.config)
+        shares = self._shares(model) if self.shares is None else self.shares
+        # a layer that was skipped for being all zeros may have come to life since, and is left alone all the same
+        weights = [w for w in layer_weights(model, self.config)[0] if w.name in shares]
         if self.config.pattern is not None:
             keep, of = map(int, self.config.pattern.split(":"))
             return [Blocks([w], 1 - keep / of, of) for w in weights], []
-        shares = self.shares or self._shares(model)
         alone = Blocks if self.config.scope == "row" else Budget
         single = [alone([w], amount) for w in weights if (amount := shares[w.name]) is not None]
         rest = [w for w in weights if shares[w.name] is None]
@@ -132,13 +133,14 @@ class WeightCriterion(Technique[ConfigT]):
         return [*single, *common, *(alone([w], self.config.amount) for w in rest if not common)], []
 
     def _shares(self, model: nn.Module) -> dict[str, float | None]:
-        """Return the share of zeros that each layer has for itself, or None."""
+        """Return for each layer to prune the share of zeros that it has for itself, or None."""
         weights, skipped = layer_weights(model, self.config)
         own = per_layer([w.name for w in weights] + [s.name for s in skipped], self.config.per_layer, None)
+        shares = {w.name: own[w.name] for w in weights}
         if self.config.sensitivity is not None:
             low = {w.name: _share_below(w.parameter, self.config.sensitivity) for w in weights if own[w.name] is None}
-            own.update(low)
-        return own
+            shares.update(low)
+        return shares
 
     def _measure(self, model: nn.Module, budgets: Sequence[Budget], task: Task | None) -> Measured:
         weights = _weights(budgets)
