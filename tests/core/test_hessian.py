@@ -140,16 +140,16 @@ class TestDamping:
     def test_it_is_a_share_of_the_mean_diagonal(self) -> None:
         h = seen(nn.Linear(3, 1), torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]))
         # the diagonal of H = 2/2 sum x x^T is 10, 4, 0
-        np.testing.assert_allclose(h.damped(0.3)[0].numpy(), [[11.4, 2, 0], [2, 5.4, 0], [0, 0, 1.4]])
+        np.testing.assert_allclose(h.damped(0.3)[0, :2, :2].numpy(), [[11.4, 2], [2, 5.4]], rtol=1e-6)
 
-    def test_dead_inputs_are_found_and_never_make_it_singular(self) -> None:
+    def test_dead_inputs_are_found_and_cost_next_to_nothing(self) -> None:
         h = seen(nn.Linear(3, 1), torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]))
         assert h.dead.tolist() == [[False, False, True]]
-        np.testing.assert_allclose(h.damped(0)[0].diagonal().numpy(), [10, 4, 14 / 3])
+        for share in (0, 0.3):
+            np.testing.assert_allclose(h.damped(share)[0, 2].numpy(), [0, 0, 14e-6 / 3])
 
     def test_each_group_has_its_own(self) -> None:
         x = torch.zeros(2, 2, 3)
         x[:, 0] = 1
         h = seen(nn.Conv1d(2, 2, 1, groups=2), x)
-        np.testing.assert_allclose(h.damped(0.5).flatten().numpy(), [3, 0.5])
-        np.testing.assert_allclose(h.damped(0).flatten().numpy(), [2, 1])
+        np.testing.assert_allclose(h.damped(0.5).flatten().numpy(), [3, 1e-6])

@@ -29,8 +29,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"amount": 0.6, "finetune": {}},
         {"amount": 0.6, "scope": "global", "schedule": "at-end", "finetune": {}},
     ],
+    "pruning/obs": [{"amount": 0.6, "batches": 2}, {"amount": 0.6, "sequential": False, "batches": 2, "finetune": {}}],
+    "pruning/obs-network": [
+        {"amount": 0.6, "batches": 1, "targets": {"include": ["stem", "classes"]}, "finetune": {}},
+    ],
     "pruning/optimal-brain-damage": [{"amount": 0.6, "batches": 1, "probes": 4}],
     "pruning/snip": [{"amount": 0.6}, {"amount": 0.6, "schedule": "cubic", "finetune": {}}],
+    "pruning/sparsegpt": [{"amount": 0.6, "batches": 2}, {"pattern": "2:4", "batches": 2, "finetune": {}}],
     "pruning/wanda": [{"amount": 0.6}, {"pattern": "2:4", "schedule": "iterative", "finetune": {}}],
     "quantization/kmeans": [{"bits": 3}, {"bits": 3, "init": "random", "finetune": {}}],
 }

@@ -98,13 +98,13 @@ class InputHessian:
     def damped(self, share: float) -> torch.Tensor:
         """Return H with `share` of its mean diagonal added to the diagonal, per group, so that it can be inverted.
 
-        With no share at all, dead inputs get the mean diagonal instead of zero; a group of dead inputs gets 1.
+        Dead inputs get a millionth of the mean instead, whatever the share: they are tied to no other input, so this
+        suffices, and makes their weights the cheapest to change. A group of dead inputs counts as having the mean 1.
         """
         diagonal = self.value.diagonal(dim1=-2, dim2=-1)
         mean = diagonal.mean(-1, keepdim=True)
         mean = torch.where(mean == 0, 1, mean)
-        ridge = share * mean if share > 0 else mean * self.dead
-        return self.value + torch.diag_embed(ridge.expand_as(diagonal))
+        return self.value + torch.diag_embed(torch.where(self.dead, 1e-6 * mean, share * mean))
 
     def error(self, change: torch.Tensor) -> float:
         """Return the squared error of the outputs, mean over the vectors, that a change of the rows causes."""

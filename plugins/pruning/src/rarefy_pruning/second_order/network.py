@@ -22,6 +22,10 @@ from torch.utils._pytree import tree_leaves
 from rarefy_pruning.second_order.config import NetworkOBSConfig
 from rarefy_pruning.second_order.elimination import eliminate
 
+_IDLE = "the outputs do not change with its weights on the calibration data"
+_AT_ONCE = 64
+"""Number of output values that are differentiated at a time."""
+
 
 class NetworkOBS(Technique[NetworkOBSConfig]):
     """Greedy removal among all weights; every removal corrects all weights and biases of the target layers.
@@ -34,10 +38,13 @@ class NetworkOBS(Technique[NetworkOBSConfig]):
         """Prune a copy, and say what each layer keeps; refuse a network that is too large."""
         weights, skipped = layer_weights(model, self.config)
         self._refuse_large(weights)
-        effect = dict(zip(_names(weights), self._effects(model, weights, task), strict=True))
-        idle = [w for w in weights if not effect[f"{w.name}.weight"]]
-        skipped += [_skip(w, "the outputs do not change with its weights on the calibration data") for w in idle]
-        weights = [w for w in weights if w not in idle]
+        if not weights:
+            return Analysis((), tuple(skipped), {})
+        vectors = self._gradients(model, weights, task)
+        effect = vectors.any(0).split([model.get_parameter(name).numel() for name in _names(weights)])
+        idle = {n for n, part in zip(_names(weights), effect, strict=True) if n.endswith(".weight") and not part.any()}
+        skipped += [_skip(w, _IDLE) for w in weights if f"{w.name}.weight" in idle]
+        weights = [w for w in weights if f"{w.name}.weight" not in idle]
         total, have = _count(weights)
         zeros = min(round(self.config.amount * total), total - len(weights))
         if have >= zeros:
@@ -68,14 +75,9 @@ class NetworkOBS(Technique[NetworkOBSConfig]):
                 "fewer `targets`, or raise the limit"
             )
 
-    def _effects(self, model: nn.Module, weights: Sequence[LayerWeight], task: Task) -> list[bool]:
-        names = _names(weights)
-        sizes = [model.get_parameter(name).numel() for name in names]
-        return [bool(part.any()) for part in self._gradients(model, names, task).split(sizes, 1)]
-
-    def _gradients(self, model: nn.Module, names: Sequence[str], task: Task) -> torch.Tensor:
+    def _gradients(self, model: nn.Module, weights: Sequence[LayerWeight], task: Task) -> torch.Tensor:
         batches = task.calibration(self.config.batch_size, self.config.batches)
-        return gradients(model, names, track(batches, "gradients of the outputs", self.config.batches))
+        return gradients(model, _names(weights), track(batches, "gradients of the outputs", self.config.batches))
 
     @torch.no_grad()
     def _prune_(self, model: nn.Module, weights: Sequence[LayerWeight], have: int, zeros: int, task: Task) -> None:
@@ -83,7 +85,7 @@ class NetworkOBS(Technique[NetworkOBSConfig]):
         names = _names(weights)
         parameters = [model.get_parameter(name) for name in names]
         for turn in range(1, self.config.rounds + 1):
-            vectors = self._gradients(model, names, task)
+            vectors = self._gradients(model, weights, task)
             inverse = recursive_inverse(vectors, self.config.damping * float(vectors.square().mean()))
             values = torch.cat([p.flatten() for p in parameters]).to(inverse)
             steps = have + (zeros - have) * turn // self.config.rounds
@@ -104,21 +106,29 @@ def gradients(model: nn.Module, names: Sequence[str], batches: Iterable[tuple[An
     with evaluation(model), torch.enable_grad():
         for batch in batches:
             outputs = tree_leaves(functional_call(model, values, move(batch, device_of(model))))
-            for unit in torch.cat([leaf.flatten() for leaf in outputs if leaf.is_floating_point()]):
-                rows.append(_gradient(unit, list(values.values())))
+            flat = torch.cat([leaf.flatten() for leaf in outputs if leaf.is_floating_point()])
+            rows += [_gradients(flat, units, list(values.values())) for units in _units(flat)]
     if not rows:
         raise StageError("the task's calibration gives no batches, and the Hessian is measured on data")
-    stacked = torch.stack(rows).to(torch.float64)
+    stacked = torch.cat(rows).to(torch.float64)
     if not torch.isfinite(stacked).all():
         raise StageError("the outputs or their gradients are NaN or infinite; check the data and the model")
     return stacked
 
 
-def _gradient(unit: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
-    if not unit.requires_grad:
-        return torch.cat([torch.zeros_like(value).flatten() for value in values])
-    found = torch.autograd.grad(unit, values, retain_graph=True, materialize_grads=True)
-    return torch.cat([part.flatten() for part in found])
+def _units(outputs: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Yield the rows of the identity, some at a time: each picks one output value."""
+    for some in torch.arange(len(outputs), device=outputs.device).split(_AT_ONCE):
+        yield nn.functional.one_hot(some, len(outputs)).to(outputs)
+
+
+def _gradients(outputs: torch.Tensor, units: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the gradients of the picked output values, `(units, n)`."""
+    if not outputs.requires_grad:
+        return units.new_zeros(len(units), sum(value.numel() for value in values))
+    found = torch.autograd.grad(outputs, values, units, retain_graph=True, is_grads_batched=True, allow_unused=True)
+    zeros = (value.new_zeros(len(units), *value.shape) for value in values)
+    return torch.cat([(z if part is None else part).flatten(1) for part, z in zip(found, zeros, strict=True)], 1)
 
 
 def recursive_inverse(gradients: torch.Tensor, alpha: float, at_once: int = 64) -> torch.Tensor:
