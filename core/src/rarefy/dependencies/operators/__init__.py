@@ -10,7 +10,7 @@ from rarefy.dependencies.tracing import Call, Rule, Trace
 
 RULES: dict[str, Rule] = {**movement.RULES, **products.RULES, **reductions.RULES, **layers.RULES}
 _POINTWISE = frozenset(
-    "copy masked_fill where dropout native_dropout lerp tril triu clamp_min clamp_max fill zero relu6 hardtanh "
+    "copy masked_fill where dropout native_dropout lerp clamp_min clamp_max fill zero relu6 hardtanh "
     "hardswish hardsigmoid prelu _prelu_kernel rrelu_with_noise addcmul addcdiv floor_divide _to_copy "
     "_conj_physical".split()
 )

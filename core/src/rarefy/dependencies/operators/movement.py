@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from rarefy.dependencies.fields import Field, Fields, along, axes, compress, moved
@@ -58,6 +59,40 @@ def select(trace: Trace, call: Call) -> None:
     dim = call["dim"] % call["self"].dim()
     trace.algebra.pin([f for f in trace.fields(call["self"]) if dim in axes(f)], NUMBERED)
     move(trace, call)
+
+
+def windows(trace: Trace, call: Call) -> None:
+    """Pin channels that a window of a fixed size slides along."""
+    dim = call["dimension"] % max(call["self"].dim(), 1)
+    trace.algebra.pin([f for f in trace.fields(call["self"]) if dim in axes(f)], NUMBERED)
+    move(trace, call)
+
+
+def triangle(trace: Trace, call: Call) -> None:
+    """Pin channels of which a triangle keeps some, unless rows and columns are the same channels."""
+    source = call["self"]
+    last = source.dim() - 1
+    fields = trace.fields(source)
+    lines = [[trace.algebra.labels.find(f.numpy().ravel()) for f in fields if axes(f) == {d}] for d in (last - 1, last)]
+    rows, columns = lines
+    square = len(rows) == len(columns) == 1 and np.array_equal(rows[0], columns[0])
+    if not square:
+        trace.algebra.pin([f for f in fields if axes(f) & {last - 1, last}], NUMBERED)
+    same(trace, call)
+
+
+def as_real(trace: Trace, call: Call) -> None:
+    """Add the axis of real and imaginary parts, which has no channels."""
+    trace.set(call.outputs[0], [field.unsqueeze(-1) for field in trace.fields(call["self"])])
+
+
+def as_complex(trace: Trace, call: Call) -> None:
+    """Take the axis of real and imaginary parts away, which go together."""
+    fields = trace.fields(call["self"])
+    last = call["self"].dim() - 1
+    trace.algebra.pin([f for f in fields if axes(f) == {last}], NUMBERED)
+    whole = [trace.algebra.collapse(f, last) if last in axes(f) else f for f in fields if axes(f) != {last}]
+    trace.set(call.outputs[0], [field.squeeze(-1) for field in whole])
 
 
 def roll(trace: Trace, call: Call) -> None:
@@ -229,10 +264,10 @@ def embedding(trace: Trace, call: Call) -> None:
 
 _MOVES = (
     "permute transpose t unsqueeze squeeze expand unbind repeat repeat_interleave pixel_shuffle pixel_unshuffle "
-    "diagonal unfold channel_shuffle native_channel_shuffle broadcast_to numpy_T movedim"
+    "diagonal channel_shuffle native_channel_shuffle broadcast_to numpy_T movedim"
 ).split()
 _SAME = (
-    "clone detach alias contiguous lift_fresh lift positive view_as_real view_as_complex conj _conj "
+    "clone detach alias contiguous lift_fresh lift positive conj _conj "
     "resolve_conj resolve_neg set_ _has_compatible_shallow_copy_type"
 ).split()
 RULES: dict[str, Rule] = {
@@ -245,6 +280,11 @@ RULES: dict[str, Rule] = {
     "unbind": select,
     "roll": roll,
     "flip": move,
+    "unfold": windows,
+    "tril": triangle,
+    "triu": triangle,
+    "view_as_real": as_real,
+    "view_as_complex": as_complex,
     "slice": cut,
     "narrow": gather,
     "glu": glu,

@@ -23,9 +23,16 @@ def combined(trace: Trace, tensors: Sequence[torch.Tensor]) -> Fields:
     fields: Fields = []
     shape: Sequence[int] = ()
     for tensor in tensors:
-        fields = trace.algebra.meet(fields, shape, trace.fields(tensor), tensor.shape, UNKNOWN)
-        shape = np.broadcast_shapes(tuple(shape), tuple(tensor.shape))
+        own = extent(tensor)
+        fields = trace.algebra.meet(fields, shape, trace.fields(tensor), own, UNKNOWN)
+        shape = np.broadcast_shapes(tuple(shape), own)
     return fields
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of the values of a tensor, of size 1 where it was expanded."""
+    strides = tensor.stride() if tensor.layout == torch.strided else (1,) * tensor.dim()
+    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, strides, strict=True))
 
 
 def like(trace: Trace, call: Call) -> None:

@@ -8,6 +8,7 @@ from rarefy.dependencies.fields import Field, Fields, axes
 from rarefy.dependencies.tracing import Call, Rule, Trace
 
 STATISTICS = "statistics"
+_NUMBERED = "code takes the number of one of its channels"
 _ORDERED = "its channels are put in an order or accumulated one after the other"
 
 
@@ -51,6 +52,13 @@ def statistic(trace: Trace, call: Call) -> None:
     _reduce(trace, call, zeros_count=True)
 
 
+def place(trace: Trace, call: Call) -> None:
+    """Pin channels whose numbers are taken, and reduce the others."""
+    gone = _dims(call, call.tensors[0].dim())
+    trace.algebra.pin([f for f in trace.fields(call.tensors[0]) if gone & axes(f)], _NUMBERED)
+    _reduce(trace, call, zeros_count=False)
+
+
 def softmax(trace: Trace, call: Call) -> None:
     """Normalize over an axis."""
     source = call.tensors[0]
@@ -79,13 +87,13 @@ def extreme(trace: Trace, call: Call) -> None:
     (pointwise if len(call.tensors) > 1 else statistic)(trace, call)
 
 
-_STATISTICS = (
-    "mean amax amin aminmax prod var std var_mean std_mean logsumexp argmax argmin any all median norm".split()
-)
+_STATISTICS = "mean amax amin aminmax prod var std var_mean std_mean logsumexp any all median norm".split()
 RULES: dict[str, Rule] = {
     "sum": add,
     "linalg_vector_norm": add,
     **dict.fromkeys(_STATISTICS, statistic),
+    "argmax": place,
+    "argmin": place,
     "max": extreme,
     "min": extreme,
     "_softmax": softmax,
