@@ -26,8 +26,8 @@ class HashedConfig(TechniqueConfig):
     """Weights per stored value; biases are stored as they are."""
     per_layer: dict[str, Annotated[float, Field(gt=1)]] = {}
     """Compression of single layers by name pattern (`features.*: 4`); the first pattern that matches counts."""
-    init: Literal["projection", "fresh"] = "projection"
-    """Start from the values nearest to the trained weights, or anew; either way the layer must then be trained."""
+    init: Literal["fresh", "projection"] = "fresh"
+    """Start anew, or nearest to the trained weights, which pays below 4 weights per value; either needs training."""
 
 
 class DataFreeConfig(TechniqueConfig):

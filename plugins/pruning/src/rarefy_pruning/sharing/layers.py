@@ -54,7 +54,7 @@ class HashedLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Return the weight that the values stand for; value k has the gradient sum of xi(n) dV_n, h(n) = k."""
-        # of all ways to gather, this one has the fastest gradient
+        # indexing with [] does the same, with a backward pass 50 times slower on CPUs
         return torch.cat((self.values, -self.values)).index_select(0, self.lookup()).view(self.shape)
 
     def lookup(self) -> torch.Tensor:
