@@ -167,20 +167,21 @@ def timm_make(name: str, size: int) -> Callable[[], tuple[nn.Module, Inputs]]:
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 SMALL = {
-    **dict.fromkeys(("hidden_size", "d_model", "embedding_size", "word_embed_proj_dim", "dim", "emb_dim"), 64),
+    **dict.fromkeys(("hidden_size", "d_model", "embedding_size", "word_embed_proj_dim", "dim", "emb_dim"), 128),
     **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers"), 2),
     **dict.fromkeys(("num_decoder_layers", "n_layer", "n_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_heads", "n_heads", "num_local_experts", "num_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok"), 2),
-    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "ffn_dim"), 128),
-    **dict.fromkeys(("ffn_hidden_size", "d_inner"), 128),
+    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 8),
+    **dict.fromkeys(("num_heads", "n_heads"), 8),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 6),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "ffn_dim"), 192),
+    **dict.fromkeys(("ffn_hidden_size", "d_inner"), 192),
     **dict.fromkeys(("head_dim", "d_kv"), 16),
-    **{"moe_intermediate_size": 64, "projection_dim": 32, "vocab_size": 99, "max_position_embeddings": 64},
+    **{"num_key_value_heads": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "projection_dim": 40},
+    **{"vocab_size": 99, "max_position_embeddings": 64},
     **{"image_size": 32, "patch_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False},
 }
 LATENT = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 32, "q_lora_rank": 32}
-LATENT |= {"num_key_value_heads": 4}
+LATENT |= {"num_key_value_heads": 8}
 ROUTED = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_experts_per_tok": 2}
 STAGES = {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1], "num_hidden_layers": None, "image_size": 64}
 WINDOWS = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 64, "patch_size": 4}
@@ -201,7 +202,7 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
             RemBertForMaskedLM BigBirdForMaskedLM FlaubertWithLMHeadModel XLMWithLMHeadModel MegatronBertForMaskedLM
             NomicBertForMaskedLM EuroBertForMaskedLM RoCBertForMaskedLM CLIPTextModelWithProjection"""
         ),
-        "XLNetLMHeadModel": {"d_head": 16, "d_inner": 128, "max_position_embeddings": None},
+        "XLNetLMHeadModel": {"d_head": 16, "d_inner": 192, "max_position_embeddings": None},
         "FunnelForMaskedLM": {"num_hidden_layers": None, "block_sizes": [1, 1], "d_head": 16},
         "EsmForMaskedLM": {"vocab_size": 99, "pad_token_id": 1},
     },
@@ -218,7 +219,7 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         "GPTJForCausalLM": {"rotary_dim": 8},
         "CodeGenForCausalLM": {"rotary_dim": 8},
         "FalconForCausalLM": {"head_dim": None},
-        "NemotronForCausalLM": {"num_key_value_heads": 2},
+        "NemotronForCausalLM": {"num_key_value_heads": 4},
         "MiniCPM3ForCausalLM": LATENT,
     },
     "mixture of experts": {
@@ -234,7 +235,7 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
             """MambaForCausalLM FalconMambaForCausalLM RwkvForCausalLM RecurrentGemmaForCausalLM Qwen3NextForCausalLM
             Lfm2ForCausalLM xLSTMForCausalLM"""
         ),
-        "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
+        "Mamba2ForCausalLM": {"num_heads": 16, "head_dim": 16, "n_groups": 4, "state_size": 24},
         "JambaForCausalLM": {
             "attn_layer_offset": 1,
             "attn_layer_period": 2,
@@ -244,18 +245,18 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         "Zamba2ForCausalLM": {
             "num_hidden_layers": 4,
             "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-            "mamba_d_state": 16,
+            "mamba_d_state": 24,
             "mamba_headdim": 16,
-            "n_mamba_heads": 8,
-            "mamba_ngroups": 2,
+            "n_mamba_heads": 16,
+            "mamba_ngroups": 4,
             "attention_head_dim": 32,
         },
         "BambaForCausalLM": {
             "attn_layer_indices": [1],
-            "mamba_n_heads": 8,
+            "mamba_n_heads": 16,
             "mamba_d_head": 16,
-            "mamba_n_groups": 2,
-            "mamba_d_state": 16,
+            "mamba_n_groups": 4,
+            "mamba_d_state": 24,
         },
     },
     "text to text": {

@@ -184,18 +184,22 @@ def main() -> None:
     options = parser.parse_args()
     if options.self_check:
         self_check()
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}, "torch": torch.__version__}
     for library in options.libraries:
         chosen = [a for a in architectures(library) if re.search(options.only, a.name)]
-        kept["models"] |= sweep(chosen, options.timeout)
+        results = sweep(chosen, options.timeout)
+        kept = stored()  # read late: another environment may have written meanwhile
+        kept["models"] |= results
         kept["torch"] = str(torch.__version__)
         RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     if options.libraries or options.table:
-        print(
-            table(
-                {n: r for n, r in kept["models"].items() if not options.libraries or r["library"] in options.libraries}
-            )
-        )
+        models = stored()["models"]
+        wanted = options.libraries or list(LIBRARIES)
+        print(table({name: result for name, result in models.items() if result["library"] in wanted}))
+
+
+def stored() -> dict[str, Any]:
+    """Return the results that are there."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
 
 
 if __name__ == "__main__":
