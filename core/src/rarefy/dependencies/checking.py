@@ -25,15 +25,17 @@ _Attribute = tuple[str, str, int | None]
 _TORCH = str(Path(torch.__file__).parent)
 
 
-def find_dependencies(model: nn.Module, inputs: Inputs) -> Dependencies:
+def find_dependencies(model: nn.Module, inputs: Inputs, *, verify: bool = True) -> Dependencies:
     """Return what must be cut together in `model`, found by one run on `inputs`, its positional arguments.
 
-    Every group was tried: a copy with one unit less of each ran on the inputs and, apart from groups that change
-    statistics, gave what the model with these units zeroed gives. Groups that failed are pinned with the place of the
-    failure. `model` is not changed. Raises `StageError` when it does not run on the inputs.
+    Every group is tried: a copy with one unit less of each runs on the inputs and, apart from groups that change
+    statistics, gives what the model with these units zeroed gives. Groups that fail are pinned with the place of the
+    failure. Without `verify` nothing is tried, which is faster; code that has widths written into it is then found
+    out by the first run after a cut. `model` is not changed. Raises `StageError` when it does not run on the inputs.
     """
     _refuse_wrapped(model)
-    return _Settling(model, inputs).settle()
+    settling = _Settling(model, inputs)
+    return settling.settle() if verify else settling.found
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -70,25 +72,24 @@ class _Settling:
         """Classes of modules for which no meaning of the attributes helps."""
         self.shared: set[_Attribute] = set()
         """Attributes whose axes were tried apart."""
+        self.last: dict[Any, Any] = {}
         self._take()
 
     def settle(self) -> Dependencies:
         """Try, correct, tie and pin until all trials pass."""
         while self._improve():
             self._take()
+        unlike: list[str] = []
         for names in self._rounds():
-            unlike = self._unlike([name for name in names if not self.groups[name].changes_statistics])
-            for name in unlike:
-                self._pin(name, "cutting it changes more than zeroing it does")
-        self._take()
+            unlike += self._unlike([name for name in names if not self.groups[name].changes_statistics])
+        for name in unlike:
+            self._pin(name, "cutting it changes more than zeroing it does")
+        if unlike:
+            self._take()
         return self.found
 
     def _take(self) -> None:
         """Read the groups from what is known of the labels by now."""
-        found = self.run.groups()
-        for group in found.groups:
-            if group.units == 1:
-                self._pin(group.name, "it is one unit, and something has to stay")
         found = self.run.groups()
         self.candidates: dict[_Attribute, list[Length]] = defaultdict(list)
         for length in found.lengths:
@@ -102,10 +103,11 @@ class _Settling:
             if 0 <= choice < len(axes):
                 yield axes[choice]
 
-    def _rounds(self) -> list[list[str]]:
+    def _rounds(self, among: Iterable[str] | None = None) -> list[list[str]]:
         """Return sets of groups that can be cut together: of those that overlap, whole blocks first, then places."""
-        apart = [name for name, group in self.groups.items() if not group.overlaps]
-        crossing = [name for name, group in self.groups.items() if group.overlaps]
+        names = list(self.groups if among is None else among)
+        apart = [name for name in names if not self.groups[name].overlaps]
+        crossing = [name for name in names if self.groups[name].overlaps]
         rounds: list[list[str]] = []
         while crossing or not rounds:
             taken: set[tuple[str, int]] = set()
@@ -128,7 +130,7 @@ class _Settling:
                 return True
         for key, sets in self._shared_attributes().items():
             self.shared.add(key)
-            failures = {i: found for i, names in enumerate(sets) if (found := self._failure(names)) is not None}
+            failures = {i: found for i, names in enumerate(sets) if (found := self._first(names)) is not None}
             if len(failures) > 1:
                 self._tie(key, set(failures))
                 return True
@@ -137,15 +139,26 @@ class _Settling:
                 return True
         return False
 
+    def _first(self, among: Iterable[str]) -> _Failure | None:
+        """Return the first failure of the groups, those that overlap tried apart."""
+        return next((found for names in self._rounds(among) if (found := self._failure(names)) is not None), None)
+
     def _failure(self, names: Iterable[str]) -> _Failure | None:
         """Return how a copy without one unit of each group fails to run, None when it runs."""
-        compact = cut(self.model, self.found, _one_of_each(self.groups[name] for name in names))
-        stack = _follow(compact)
-        try:
-            _run(compact, self.inputs)
-        except Exception as error:
-            return _Failure(stack[-1] if stack else "", _explained(error))
-        return None
+        tried = self._try(names)
+        return tried if isinstance(tried, _Failure) else None
+
+    def _try(self, names: Iterable[str]) -> Any:
+        """Return the outputs of a copy without one unit of each group, or how it fails; the last trial is kept."""
+        key = (frozenset(names), tuple(self.found.lengths))
+        if key not in self.last:
+            compact = cut(self.model, self.found, _one_of_each(self.groups[name] for name in sorted(key[0])))
+            stack = _follow(compact)
+            try:
+                self.last = {key: _run(compact, self.inputs)}
+            except Exception as error:
+                self.last = {key: _Failure(stack[-1] if stack else "", _explained(error))}
+        return self.last[key]
 
     def _choose_again(self, names: Sequence[str], failure: _Failure) -> bool:
         """Find other meanings of the attributes of the module that failed; tell whether that helped."""
@@ -209,9 +222,8 @@ class _Settling:
 
     def _equal(self, names: Sequence[str]) -> bool:
         removal = _one_of_each(self.groups[name] for name in names)
-        try:
-            compact = _run(cut(self.model, self.found, removal), self.inputs)
-        except Exception:  # whatever its own code raises
+        compact = self._try(names)
+        if isinstance(compact, _Failure):
             return False
         masked = _run(mask(self.model, self.found, removal), self.inputs)
         if same_outputs(compact, masked):

@@ -12,19 +12,27 @@ from torch import nn
 
 from rarefy.dependencies.groups import Dependencies, Group, Removal, tensors
 from rarefy.errors import StageError
-from rarefy.modules.attention import opened
+from rarefy.modules.attention import MultiheadAttention, opened
 from rarefy.technique import replace_
 
 # attributes of torch's own layers that follow from the shapes of their tensors
-_SHAPES: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
-    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
-    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
-    nn.EmbeddingBag: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
-    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
-    nn.GroupNorm: {"num_channels": ("weight", 0)},
-    nn.PReLU: {"num_parameters": ("weight", 0)},
-    nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
-    nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
+_SHAPES: dict[type[nn.Module], tuple[tuple[str, str, int], ...]] = {
+    nn.Linear: (("out_features", "weight", 0), ("in_features", "weight", 1)),
+    nn.Embedding: (("num_embeddings", "weight", 0), ("embedding_dim", "weight", 1)),
+    nn.EmbeddingBag: (("num_embeddings", "weight", 0), ("embedding_dim", "weight", 1)),
+    nn.modules.batchnorm._NormBase: (("num_features", "weight", 0),),
+    nn.LayerNorm: (("normalized_shape", "weight", 0),),
+    nn.RMSNorm: (("normalized_shape", "weight", 0),),
+    nn.GroupNorm: (("num_channels", "weight", 0),),
+    nn.PReLU: (("num_parameters", "weight", 0),),
+    nn.RNNBase: (("input_size", "weight_ih_l0", 1), ("hidden_size", "weight_hh_l0", 1)),
+    nn.RNNCellBase: (("input_size", "weight_ih", 1), ("hidden_size", "weight_hh", 1)),
+    MultiheadAttention: (
+        ("embed_dim", "in_proj_weight", 1),
+        ("embed_dim", "q_proj_weight", 1),
+        ("kdim", "k_proj_weight", 1),
+        ("vdim", "v_proj_weight", 1),
+    ),
 }
 
 
@@ -142,9 +150,8 @@ def _correct_(model: nn.Module, dependencies: Dependencies, removal: Removal) ->
             setattr(module, length.attribute, type(value)((*value[: length.item], after, *value[length.item + 1 :])))
     for module in modules.values():
         for attribute, (name, dim) in follows(module).items():
-            setattr(module, attribute, getattr(module, name).shape[dim])
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
-            module.normalized_shape = tuple(module.weight.shape)
+            shape = getattr(module, name).shape
+            setattr(module, attribute, tuple(shape) if attribute == "normalized_shape" else shape[dim])
         if isinstance(module, nn.modules.conv._ConvNd):
             first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
             module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
@@ -156,7 +163,7 @@ def follows(module: nn.Module) -> dict[str, tuple[str, int]]:
         if isinstance(module, kind):
             return {
                 attribute: (name, dim)
-                for attribute, (name, dim) in sources.items()
+                for attribute, name, dim in sources
                 if getattr(module, name, None) is not None and getattr(module, name).dim() > dim
             }
     return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from rarefy.dependencies.cutting import follows
 from rarefy.dependencies.groups import Dependencies, Group, Kind, Length, Member, tensors
 from rarefy.dependencies.labels import Ids
 from rarefy.dependencies.operators.layers import KERNEL
 from rarefy.dependencies.operators.reductions import STATISTICS
-from rarefy.dependencies.tracing import Size, Trace, tracing
+from rarefy.dependencies.tracing import Size, Trace, tracing, written_lengths
 from rarefy.errors import StageError
 from rarefy.modules.attention import opened
 from rarefy.technique import replace_
 
 Inputs = tuple[Any, ...]
 Parts = tuple[tuple[str, torch.Tensor], ...]
-# attributes of torch's own layers that nothing but the run tells when the layer has no tensors
-_WITHOUT_TENSORS = frozenset(["num_features", "normalized_shape", "num_channels"])
 _UNREACHED = "the example inputs do not reach it"
 
 
@@ -84,16 +82,17 @@ def structure_copy(model: nn.Module) -> nn.Module:
 
 
 class _Extraction:
-    """Turns labels into groups."""
+    """Turns labels into groups, on whole arrays: a network has tens of thousands of units."""
 
     def __init__(self, trace: Trace, model: nn.Module) -> None:
         self.trace, self.model = trace, model
+        self.dimensions = {name: tensor.dim() for name, tensor in tensors(model).items()}
         labels = trace.algebra.labels
         self.places = list(trace.atoms)
         self.reasons = labels.pinned()
         self.marks = {what: labels.marked(what) for what in (KERNEL, STATISTICS, "row", "place")}
-        self.home: dict[int, tuple[str, int]] = {}
-        """Group and number of each unit, by label."""
+        self.group_of, self.unit_of = (np.full(labels.count, -1) for _ in range(2))
+        """Number of the group of each label that may be cut, and of the unit within it."""
         self.labels: dict[str, Ids] = {}
         """Labels of the units of each group."""
         self.sizes: dict[Length, Size] = {}
@@ -101,72 +100,81 @@ class _Extraction:
 
     def dependencies(self) -> Dependencies:
         """Return groups with names, and the lengths that depend on them."""
-        groups = self._named(self._groups())
+        groups = self._named(list(self._groups()))
         free = tuple(group for group in groups if group.pinned is None)
         return Dependencies(
             tuple(_with_overlap(free)),
             (*(group for group in groups if group.pinned is not None), *self._unreached()),
-            tuple(self._lengths()),
+            tuple(self._lengths([group.name for group in groups])),
         )
 
-    def _groups(self) -> Iterator[tuple[Group, list[int]]]:
+    def _groups(self) -> Iterator[tuple[Group, Ids]]:
         """Yield groups without names, with the labels of their units."""
-        signatures = defaultdict(list)
-        for leaf, places in self._units().items():
-            counts = tuple(sorted(Counter(place for place, _ in places).items()))
-            kind = self._kind(leaf)
-            key = (counts, self.reasons.get(leaf), leaf in self.marks[STATISTICS], kind)
-            signatures[key].append((leaf, places))
-        for (counts, reason, statistics, kind), units in signatures.items():
-            members = []
-            columns = np.array([[position for _, position in places] for _, places in units])
-            start = 0
-            for place, count in counts:
-                name, dim = self.places[place]
-                members.append(Member(name, dim, torch.from_numpy(columns[:, start : start + count].copy())))
-                start += count
-            yield Group("", tuple(members), kind, reason, statistics), [leaf for leaf, _ in units]
+        table = self._table()
+        starts = np.flatnonzero(np.diff(table[0], prepend=-1))
+        leaves = table[0, starts]
+        fates = [self._fate(leaf) for leaf in leaves.tolist()]
+        kinds = {fate: i for i, fate in enumerate(dict.fromkeys(fates))}
+        # units are alike when the sums of random numbers that stand for their slices are
+        numbers = np.random.default_rng(0).integers(1, 2**62, len(self.places))
+        alike = np.add.reduceat(numbers[table[1]], starts) if len(starts) else starts
+        keys = (
+            np.stack([alike, np.array([kinds[fate] for fate in fates], np.int64)]) if len(starts) else np.empty((2, 0))
+        )
+        _, first, which = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+        ends = np.append(starts[1:], table.shape[1])
+        for number in np.argsort(table[1, starts[first]], kind="stable"):
+            chosen = np.flatnonzero(which.reshape(-1) == number)
+            rows = table[:, starts[chosen[0]] : ends[chosen[0]]]
+            span = np.arange(rows.shape[1])
+            positions = table[2][starts[chosen][:, None] + span]
+            order = np.argsort(positions[:, 0], kind="stable")
+            members = tuple(
+                Member(
+                    self.places[place][0],
+                    self.places[place][1],
+                    torch.from_numpy(positions[order][:, rows[1] == place]),
+                )
+                for place in dict.fromkeys(rows[1].tolist())
+            )
+            reason, statistics, kind = fates[chosen[0]]
+            if reason is None and len(chosen) == 1:
+                reason = "it is one unit, and something has to stay"
+            yield Group("", members, kind, reason, statistics), leaves[chosen][order]
 
-    def _kind(self, leaf: int) -> Kind:
-        return "block" if leaf in self.marks["row"] else "position" if leaf in self.marks["place"] else "channel"
+    def _fate(self, leaf: int) -> tuple[str | None, bool, Kind]:
+        kind: Kind = "block" if leaf in self.marks["row"] else "position" if leaf in self.marks["place"] else "channel"
+        return self.reasons.get(leaf), leaf in self.marks[STATISTICS], kind
 
-    def _units(self) -> dict[int, list[tuple[int, int]]]:
-        """Return the sorted (place, position) pairs of each label, places numbered as in `self.places`."""
-        leaves: list[Ids] = []
-        places: list[Ids] = []
-        positions: list[Ids] = []
+    def _table(self) -> Ids:
+        """Return columns (label, place, position), sorted; places are numbered as in `self.places`."""
+        places, longest = len(self.places), 1 + max((len(ids) for ids in self.trace.atoms.values()), default=0)
+        keys = [np.empty(0, np.int64)]
         for number, key in enumerate(self.places):
             position, leaf = self.trace.algebra.labels.expand(self.trace.atoms[key])
-            leaves.append(leaf)
-            places.append(np.full_like(leaf, number))
-            positions.append(position)
-        if not leaves:
-            return {}
-        table = np.unique(np.stack([np.concatenate(part) for part in (leaves, places, positions)]), axis=1)
-        starts = np.flatnonzero(np.diff(table[0], prepend=-1))
-        units: dict[int, list[tuple[int, int]]] = {}
-        for start, end in zip(starts, [*starts[1:], table.shape[1]], strict=True):
-            label = int(table[0, start])
-            if label not in self.marks[KERNEL]:
-                units[label] = list(zip(table[1, start:end].tolist(), table[2, start:end].tolist(), strict=True))
-        # in the order of the first member's positions
-        return dict(sorted(units.items(), key=lambda item: item[1][0]))
+            keys.append((leaf * places + number) * longest + position)
+        ordered = np.sort(np.concatenate(keys))
+        ordered = ordered[np.diff(ordered, prepend=-1) > 0]
+        pairs, position = np.divmod(ordered, longest)
+        table = np.stack([*np.divmod(pairs, max(places, 1)), position])
+        kernel = np.zeros(self.trace.algebra.labels.count, bool)
+        kernel[list(self.marks[KERNEL])] = True
+        return table[:, ~kernel[table[0]]]
 
-    def _named(self, groups: Iterator[tuple[Group, list[int]]]) -> list[Group]:
-        named, taken = [], Counter[str]()
+    def _named(self, groups: list[tuple[Group, Ids]]) -> list[Group]:
+        named: list[Group] = []
+        taken = Counter[str]()
         # what may be cut gets the plain names
         for group, leaves in sorted(groups, key=lambda pair: pair[0].pinned is not None):
-            first = next((m for m in group.members if self._dimensions(m.tensor) > 1), group.members[0])
+            first = next((m for m in group.members if self.dimensions[m.tensor] > 1), group.members[0])
             stem = first.tensor.removesuffix(".weight")
             taken[stem] += 1
             name = stem if taken[stem] == 1 else f"{stem}~{taken[stem]}"
-            self.home.update({leaf: (name, unit) for unit, leaf in enumerate(leaves)})
-            self.labels[name] = np.array(leaves)
-            named.append(Group(name, group.members, group.kind, group.pinned, group.changes_statistics))
+            if group.pinned is None:
+                self.group_of[leaves], self.unit_of[leaves] = len(named), np.arange(len(leaves))
+            self.labels[name] = leaves
+            named.append(replace(group, name=name))
         return named
-
-    def _dimensions(self, name: str) -> int:
-        return tensors(self.model)[name].dim()
 
     def _unreached(self) -> Iterator[Group]:
         seen = {name for name, _ in self.places}
@@ -175,30 +183,30 @@ class _Extraction:
                 indices = torch.arange(parameter.shape[0]).unsqueeze(1)
                 yield Group(name.removesuffix(".weight"), (Member(name, 0, indices),), pinned=_UNREACHED)
 
-    def _lengths(self) -> Iterator[Length]:
+    def _lengths(self, names: list[str]) -> Iterator[Length]:
         """Yield what each attribute may stand for, in the order of the run."""
         modules = dict(self.model.named_modules())
         for name, sizes in self.trace.sizes.items():
-            known = follows(modules[name])
             met: dict[tuple[str, int | None], list[Parts]] = defaultdict(list)
             for size in sizes:
-                parts = self._parts(size)
+                parts = self._parts(size, names)
                 for attribute, item in _written(modules[name], size):
-                    if attribute in known or not parts or any(_same_parts(parts, p) for p in met[attribute, item]):
+                    if not parts or any(_same_parts(parts, p) for p in met[attribute, item]):
                         continue
                     met[attribute, item].append(parts)
                     length = Length(name, attribute, item, size.length, parts)
                     self.sizes[length] = size
                     yield length
 
-    def _parts(self, size: Size) -> Parts:
-        found: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for ids in size.labels:
-            for position, leaf in zip(*self.trace.algebra.labels.expand(ids), strict=True):
-                if int(leaf) in self.home and int(leaf) not in self.reasons:
-                    group, unit = self.home[int(leaf)]
-                    found[group][unit].append(int(position))
-        return tuple((group, _table(units)) for group, units in found.items())
+    def _parts(self, size: Size, names: list[str]) -> Parts:
+        """Return the groups whose units shorten an axis, with the positions of their units."""
+        expanded = [self.trace.algebra.labels.expand(ids) for ids in size.labels]
+        positions, leaves = (np.concatenate(part) for part in zip(*expanded, strict=True))
+        groups, units = self.group_of[leaves], self.unit_of[leaves]
+        return tuple(
+            (names[number], _by_unit(units[groups == number], positions[groups == number]))
+            for number in np.unique(groups[groups >= 0])
+        )
 
 
 def _same_parts(one: Parts, other: Parts) -> bool:
@@ -207,27 +215,25 @@ def _same_parts(one: Parts, other: Parts) -> bool:
     )
 
 
-def _table(units: dict[int, list[int]]) -> torch.Tensor:
+def _by_unit(units: Ids, positions: Ids) -> torch.Tensor:
     """Return positions by unit, (units, most positions); -1 stands for none."""
-    table = torch.full((max(units) + 1, max(map(len, units.values()))), -1)
-    for unit, positions in units.items():
-        table[unit, : len(positions)] = torch.tensor(positions)
-    return table
+    order = np.lexsort((positions, units))
+    units, positions = units[order], positions[order]
+    counts = np.bincount(units)
+    rank = np.arange(len(units)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.full((len(counts), counts.max()), -1)
+    table[units, rank] = positions
+    return torch.from_numpy(table)
 
 
 def _written(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
     """Yield the attributes of a module that may hold a length."""
     named = size.attribute is not None and getattr(module, size.attribute, None) == size.length
-    ours = type(module).__module__.startswith("torch.nn.")
-    for attribute, value in vars(module).items():
-        if (named and attribute != size.attribute) or (ours and not named and attribute not in _WITHOUT_TENSORS):
-            continue
-        if attribute.startswith("_"):
-            continue
-        if type(value) is int and value == size.length:
-            yield attribute, None
-        elif isinstance(value, list | tuple):
-            yield from ((attribute, i) for i, item in enumerate(value) if type(item) is int and item == size.length)
+    for attribute, item, value in written_lengths(module):
+        if value == size.length and not named:
+            yield attribute, item
+    if named and size.attribute is not None:
+        yield size.attribute, None
 
 
 def _with_overlap(groups: tuple[Group, ...]) -> Iterator[Group]:

@@ -11,7 +11,6 @@ from torch import nn
 
 from rarefy.errors import StageError
 
-
 Kind = Literal["channel", "block", "position"]
 
 

@@ -25,6 +25,11 @@ class Labels:
         self._pins: list[tuple[Ids, str]] = []
         self._marks: dict[str, list[Ids]] = {}
 
+    @property
+    def count(self) -> int:
+        """Number of labels there are."""
+        return self._count
+
     def fresh(self, count: int) -> Ids:
         """Return `count` new labels."""
         start, self._count = self._count, self._count + count
@@ -54,11 +59,11 @@ class Labels:
             a, b = a[differ], b[differ]
             low, high = np.minimum(a, b), np.maximum(a, b)
             np.minimum.at(self._parent, high, low)
-            self._inherit(np.unique(high))
+            if (composite := self._parts[high, 0] >= 0).any():
+                self._inherit(np.unique(high[composite]))
 
     def _inherit(self, merged: Ids) -> None:
         """Give the parts of labels that now stand for another to that one."""
-        merged = merged[self._parts[merged, 0] >= 0]
         roots = self.find(merged)
         heirs, first = np.unique(roots, return_index=True)
         without = self._parts[heirs, 0] < 0
@@ -72,6 +77,9 @@ class Labels:
     def unite_sets(self, one: Sequence[Ids], other: Sequence[Ids]) -> None:
         """Make positions that go when any label of `one` goes, go when any of `other` goes, and no sooner."""
         ours, theirs = self.leaves(one), self.leaves(other)
+        if len(ours) == len(theirs) == 1:
+            self.unite(ours[0], theirs[0])
+            return
         if len(ours) != len(theirs):
             roots = [set(np.concatenate([self.find(ids).ravel() for ids in side]).tolist()) for side in (ours, theirs)]
             # a label that becomes its own part would have no end
@@ -99,8 +107,11 @@ class Labels:
         found: list[Ids] = []
         for ids in sets:
             parts = self._parts[self.find(ids)]
+            if (parts[..., 0] < 0).any():
+                found.append(ids)
+                continue
             counts = np.unique((parts >= 0).sum(-1))
-            if len(counts) == 1 and counts[0] > 0:
+            if len(counts) == 1:
                 found += self.leaves([parts[..., i] for i in range(counts[0])])
             else:
                 found.append(ids)

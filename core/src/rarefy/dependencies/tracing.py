@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from rarefy.dependencies.cutting import follows
 from rarefy.dependencies.fields import Algebra, Fields, along, axes
 from rarefy.dependencies.labels import Ids
 
+# attributes of torch's own layers that nothing but the run tells when the layer has no tensors
+_WITHOUT_TENSORS = frozenset(["num_features", "normalized_shape", "num_channels"])
 UNKNOWN = "it meets values that belong to no channel, such as the model's inputs or a constant"
 
 
@@ -177,7 +180,7 @@ class _Functions(TorchFunctionMode):
 @contextmanager
 def tracing(trace: Trace, model: nn.Module) -> Iterator[None]:
     """Carry labels through whatever runs inside, in a form that decomposes into known operators."""
-    trace.written = {name: set(_lengths(module)) for name, module in model.named_modules()}
+    trace.written = {name: {value for *_, value in written_lengths(m)} for name, m in model.named_modules()}
     names = {module: name for name, module in model.named_modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -207,8 +210,13 @@ def _leave(trace: Trace) -> Callable[..., None]:
     return leave
 
 
-def _lengths(module: nn.Module) -> Iterator[int]:
-    for value in vars(module).values():
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if type(item) is int and item > 1:
-                yield item
+def written_lengths(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    """Yield (attribute, place in it when it is a tuple or list, value) for each number that may be an axis's length."""
+    ours, known = type(module).__module__.startswith("torch.nn."), follows(module)
+    for attribute, value in vars(module).items():
+        if attribute.startswith("_") or attribute in known or (ours and attribute not in _WITHOUT_TENSORS):
+            continue
+        if type(value) is int and value > 1:
+            yield attribute, None, value
+        elif isinstance(value, list | tuple):
+            yield from ((attribute, i, item) for i, item in enumerate(value) if type(item) is int and item > 1)
