@@ -29,7 +29,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"amount": 0.6, "finetune": {}},
         {"amount": 0.6, "scope": "global", "schedule": "at-end", "finetune": {}},
     ],
-    "pruning/obs": [{"amount": 0.6, "batches": 2}, {"amount": 0.6, "sequential": False, "batches": 2, "finetune": {}}],
+    "pruning/obs": [
+        {"amount": 0.6, "batches": 2},
+        {"amount": 0.6, "batches": 2, "sequential": False, "max_inputs": 72, "finetune": {}},
+    ],
     "pruning/obs-network": [
         {"amount": 0.6, "batches": 1, "targets": {"include": ["stem", "classes"]}, "finetune": {}},
     ],
