@@ -25,7 +25,7 @@ class GroupLasso(TechniqueConfig):
     strength: float = Field(gt=0)
     """Factor of the penalty. A structure to which the loss is indifferent shrinks by this times the sum of the learning
     rates (with sgd over `1 - momentum`), in root mean square when `weighted`. Proximal steps under Adam are relative to
-    its steps of about `lr` per weight: 0.1 to 1 is usual there."""
+    its steps of about `lr` per weight, so 0.1 to 0.5 is usual there; sgd is the finer tool."""
     method: Method = "proximal"
     """`proximal` shrinks after each optimizer step and makes exact zeros; `penalty` adds to the loss."""
     weighted: bool = True
