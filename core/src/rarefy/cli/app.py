@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from rarefy import __version__
-from rarefy.cli import files, plugins, recipes, runs
+from rarefy.cli import analysis, files, plugins, recipes, runs
 from rarefy.errors import RarefyError
 
 INTERRUPTED = 130
@@ -41,7 +41,7 @@ def cli(context: click.Context, plugin_files: tuple[str, ...], quiet: bool, debu
         add_files(plugin_files)
 
 
-for command in (*runs.COMMANDS, *recipes.COMMANDS, *files.COMMANDS, *plugins.COMMANDS):
+for command in (*runs.COMMANDS, *recipes.COMMANDS, *analysis.COMMANDS, *files.COMMANDS, *plugins.COMMANDS):
     cli.add_command(command)
 
 

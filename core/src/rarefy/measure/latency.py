@@ -6,7 +6,7 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from rarefy.measure.rates import speed_up_rate
 WARM_UP = 3
 SHORTEST = 0.002
 """Seconds that one timing should last at least; shorter forward passes are timed several at once."""
+SHORT = 0.0005
+"""Seconds that a timing should last whose minimum is taken: long for the clock, short for the scheduler."""
 MOST_REPEATS = 50
 
 
@@ -50,7 +52,7 @@ def latency(
 
     Who goes first alternates. Training modes and torch's number of threads are restored.
     """
-    with evaluation(original, model), _threads(threads), torch.inference_mode(), _no_collection():
+    with evaluation(original, model), using_threads(threads), torch.inference_mode(), _no_collection():
         run = [_Run(original, inputs), _Run(model, inputs)]
         repeats = min(MOST_REPEATS, max(1, round(SHORTEST / min(each.warm_up() for each in run))))
         times: list[tuple[float, float]] = []
@@ -61,6 +63,19 @@ def latency(
     low, middle, high = _quartiles([speed_up_rate(s, s_star) for s, s_star in times])
     ms_low, ms, ms_high = _quartiles([1000 * s_star for _, s_star in times])
     return Latency(middle, low, high, (ms_low, ms, ms_high), 1000 * statistics.median(s for s, _ in times))
+
+
+def fastest(models: Sequence[nn.Module], inputs: tuple[Any, ...], rounds: int, threads: int | None) -> list[float]:
+    """Return the shortest time of a forward pass of each model, in seconds, timed in turn `rounds` times each.
+
+    The shortest is the one that other work of the machine disturbed least: for layers that take well under a
+    millisecond, where a quartile would tell more of the scheduler.
+    """
+    with evaluation(*models), using_threads(threads), torch.inference_mode(), _no_collection():
+        run = [_Run(model, inputs) for model in models]
+        repeats = [min(MOST_REPEATS, max(1, round(SHORT / each.warm_up()))) for each in run]
+        times = [[each.time(count) for each, count in zip(run, repeats, strict=True)] for _ in range(rounds)]
+    return [min(each) for each in zip(*times, strict=True)]
 
 
 class _Run:
@@ -95,7 +110,8 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def using_threads(number: int | None) -> Iterator[None]:
+    """Give torch a number of threads for a while; None leaves it as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
