@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+NARROW = 16
+"""Groups of fewer units than this times the multiple are not rounded: benchmarks/pruning/widths.py says why."""
 _STEPS = 24
 
 
@@ -18,16 +20,22 @@ class Pool:
 
     scores: Mapping[str, torch.Tensor]
     """By group, `(units,)`."""
+    orders: Mapping[str, torch.Tensor]
+    """Units of each group in the order in which they go."""
 
 
-def pools(scores: Mapping[str, torch.Tensor], kinds: Mapping[str, Hashable] | None) -> list[Pool]:
-    """Return the groups pooled by kind, each alone when there are no kinds."""
-    if kinds is None:
-        return [Pool({name: score}) for name, score in scores.items()]
+def pools(
+    scores: Mapping[str, torch.Tensor],
+    kinds: Mapping[str, Hashable] | None,
+    orders: Mapping[str, torch.Tensor] | None = None,
+) -> list[Pool]:
+    """Return the groups pooled by kind, each alone when there are no kinds; units go by score unless told otherwise."""
+    if orders is None:
+        orders = {name: score.argsort(stable=True) for name, score in scores.items()}
     by_kind: dict[Hashable, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, score in scores.items():
-        by_kind[kinds[name]][name] = score
-    return [Pool(members) for members in by_kind.values()]
+        by_kind[name if kinds is None else kinds[name]][name] = score
+    return [Pool(members, {name: orders[name] for name in members}) for members in by_kind.values()]
 
 
 def lowest(pool: Pool, amount: float, least: float, round_to: int) -> dict[str, torch.Tensor]:
@@ -45,13 +53,13 @@ def lowest(pool: Pool, amount: float, least: float, round_to: int) -> dict[str, 
     for name, chosen in zip(names, ranked.split([len(pool.scores[name]) for name in names]), strict=True):
         units = len(chosen)
         kept = rounded(max(units - int(chosen.sum()), math.ceil(least * units), 1), units, round_to)
-        gone[name] = pool.scores[name].argsort(stable=True)[: units - kept].sort().values
+        gone[name] = pool.orders[name][: units - kept].sort().values
     return gone
 
 
 def rounded(kept: int, units: int, multiple: int) -> int:
     """Return a width rounded up to a multiple; narrow groups are left as they are."""
-    if units < 4 * multiple:
+    if units < NARROW * multiple:
         return kept
     return min(units, math.ceil(kept / multiple) * multiple)
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from rarefy import distributed
 from rarefy.dependencies import Dependencies, Group, Removal, cut, find_dependencies
 from rarefy.errors import StageError
-from rarefy.measure import flops, parameters
 from rarefy.measure.mode import device_of, move
-from rarefy.modules.skeleton import meta_copy
 from rarefy.task import Task
 from rarefy.technique import Analysis, Technique, refuse_not_finite
-from rarefy.weights import per_layer
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
-from rarefy_pruning.channels.allocation import lowest, merged, normalized, pools, reach
-from rarefy_pruning.channels.config import ChannelPruning, Target
+from rarefy_pruning.channels.choice import Choice, Figures
+from rarefy_pruning.channels.config import ChannelPruning
 from rarefy_pruning.channels.units import Units, units_of
 
 ConfigT = TypeVar("ConfigT", bound=ChannelPruning)
@@ -52,11 +50,11 @@ class ChannelCriterion(Technique[ConfigT]):
         groups, skipped = self._eligible(model, found)
         scores, unknown = self._scores(model, units_of(model, groups), task)
         skipped += unknown
-        removal = self._choose(model, found, groups, scores, inputs) if scores else {}
+        removal, figures = self._chosen(model, found, scores, task) if scores else ({}, {})
         layers = []
         for group in (g for g in groups if g.name in scores):
             if group.name in removal:
-                layers.append(_report(model, group, scores[group.name], removal[group.name]))
+                layers.append(_report(model, group, scores[group.name], removal[group.name], figures))
             else:
                 skipped.append(_skip(model, group, "all its units stay: they are not among the lowest, or too few"))
         return Analysis(tuple(layers), tuple(skipped), ChannelPlan(found, removal))
@@ -92,6 +90,17 @@ class ChannelCriterion(Technique[ConfigT]):
         order = {group.name: i for i, group in enumerate(found.groups)}
         return sorted(groups, key=lambda group: order[group.name]), skipped
 
+    def _chosen(
+        self, model: nn.Module, found: Dependencies, scores: Mapping[str, torch.Tensor], task: Task
+    ) -> tuple[Removal, Figures]:
+        """Return the units to remove and the figures of each group, the same in every process."""
+        choice = Choice(self.config, model, found, scores, task) if distributed.is_main() else None
+        removal, figures, notes = distributed.from_main(
+            (choice.removal, choice.figures, choice.notes) if choice else None
+        )
+        self.notes += notes
+        return removal, figures
+
     def _scores(
         self, model: nn.Module, units: Sequence[Units], task: Task
     ) -> tuple[dict[str, torch.Tensor], list[SkippedLayer]]:
@@ -110,86 +119,6 @@ class ChannelCriterion(Technique[ConfigT]):
                     )
                 scores[u.group.name] = score.detach().float().cpu()
         return scores, skipped
-
-    def _choose(
-        self,
-        model: nn.Module,
-        found: Dependencies,
-        groups: Sequence[Group],
-        scores: Mapping[str, torch.Tensor],
-        inputs: tuple[Any, ...],
-    ) -> dict[str, torch.Tensor]:
-        """Return the units to remove."""
-        config = self.config
-        own = per_layer(list(scores), config.per_layer, None)
-        fixed = merged(
-            [
-                lowest(pool, amount, config.least, config.round_to)
-                for name, amount in own.items()
-                if amount is not None
-                for pool in pools({name: scores[name]}, None)
-            ]
-        )
-        rest = {name: score for name, score in scores.items() if own[name] is None}
-        if not rest or (config.amount is None and config.target is None):
-            return fixed
-        compared = normalized(rest) if config.normalize == "mean" else rest
-        together = pools(compared, _kinds(model, groups, config.scope))
-
-        def removal(amount: float) -> dict[str, torch.Tensor]:
-            return merged([fixed, *(lowest(pool, amount, config.least, config.round_to) for pool in together)])
-
-        if config.target is None:
-            assert config.amount is not None
-            return removal(config.amount)
-        left = _Left(model, found, config.target, inputs)
-        chosen = removal(reach(config.target.share, lambda amount: left(removal(amount))))
-        if (share := left(chosen)) > config.target.share:
-            self.notes.append(
-                f"{share:.1%} of the {config.target.measure} is left, {config.target.share:.1%} was asked for: more "
-                "cannot be cut; lower `least`, or target more layers"
-            )
-        return chosen
-
-
-class _Left:
-    """The share of a measure that a removal leaves."""
-
-    def __init__(self, model: nn.Module, found: Dependencies, target: Target, inputs: tuple[Any, ...]) -> None:
-        self.model, self.found = meta_copy(model), found
-        self.inputs, self.measure = move(inputs, "meta"), target.measure
-        self.whole = self._measure(self.model)
-        self.known: dict[tuple[tuple[str, int], ...], float] = {}
-
-    def __call__(self, removal: Removal) -> float:
-        """Return the share, remembering widths seen before."""
-        key = tuple((name, len(units)) for name, units in sorted(removal.items()))
-        if key not in self.known:
-            self.known[key] = self._measure(cut(self.model, self.found, removal)) / self.whole
-        return self.known[key]
-
-    def _measure(self, model: nn.Module) -> float:
-        if self.measure == "flops":
-            return flops(model, self.inputs)
-        if self.measure == "parameters":
-            return parameters(model)
-        return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-
-
-def _kinds(model: nn.Module, groups: Sequence[Group], scope: str) -> dict[str, Hashable] | None:
-    """Return which groups compete: all, or those of like structure (Fang et al. 2024, isomorphic pruning)."""
-    if scope == "layer":
-        return None
-    if scope == "global":
-        return {group.name: 0 for group in groups}
-    return {group.name: tuple(sorted(_roles(model, group))) for group in groups}
-
-
-def _roles(model: nn.Module, group: Group) -> Iterator[tuple[str, str, int]]:
-    """Yield what each member of a group is: class of its module, name of the tensor there, dimension."""
-    for member in group.members:
-        owner, _, leaf = member.tensor.rpartition(".")
-        yield type(model.get_submodule(owner)).__name__, leaf, member.dim
 
 
 def _missed(model: nn.Module, group: Group, config: ChannelPruning) -> str | None:
@@ -210,7 +139,7 @@ def _skip(model: nn.Module, group: Group, reason: str) -> SkippedLayer:
     return SkippedLayer(name=group.name, kind=_kind(model, group), reason=reason)
 
 
-def _report(model: nn.Module, group: Group, score: torch.Tensor, gone: torch.Tensor) -> LayerReport:
+def _report(model: nn.Module, group: Group, score: torch.Tensor, gone: torch.Tensor, figures: Figures) -> LayerReport:
     kept = group.units - len(gone)
     return LayerReport(
         name=group.name,
@@ -221,5 +150,6 @@ def _report(model: nn.Module, group: Group, score: torch.Tensor, gone: torch.Ten
             "lowest_score": float(score.min()),
             "highest_score_removed": float(score[gone].max()),
             "highest_score": float(score.max()),
+            **figures.get(group.name, {}),
         },
     )
