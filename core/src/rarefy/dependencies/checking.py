@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import traceback
 from collections import defaultdict
@@ -15,12 +16,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from rarefy.dependencies.cutting import cut, mask
-from rarefy.dependencies.finding import Inputs, observe
-from rarefy.dependencies.groups import Dependencies, Group, Length, Removal
+from rarefy.dependencies.finding import Inputs, fresh, observe
+from rarefy.dependencies.groups import Dependencies, Group, Length, Removal, tensors
 from rarefy.errors import StageError
 
 _MOST_CHOICES = 64
 _FAINT = 1e-6
+_FAINT_SCALE = 1e-2
 _Attribute = tuple[str, str, int | None]
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -63,8 +65,8 @@ class _Settling:
     """The search for what can be cut: each failure says more of the labels, until none is left."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model, self.inputs = model, inputs
         self.run = observe(model, inputs)
+        self.model, self.inputs = lively(model), inputs
         self.classes = {name: type(module).__name__ for name, module in model.named_modules()}
         self.chosen: dict[_Attribute, int] = {}
         """Which of the axes seen an attribute stands for, by class of module and attribute; -1 for none."""
@@ -221,9 +223,10 @@ class _Settling:
         return [*self._unlike(names[:half]), *self._unlike(names[half:])]
 
     def _equal(self, names: Sequence[str]) -> bool:
-        removal = _one_of_each(self.groups[name] for name in names)
-        compact = self._try(names)
-        if isinstance(compact, _Failure):
+        removal = _every_other(self.groups[name] for name in names)
+        try:
+            compact = _run(cut(self.model, self.found, removal), self.inputs)
+        except Exception:  # whatever its own code raises
             return False
         masked = _run(mask(self.model, self.found, removal), self.inputs)
         if same_outputs(compact, masked):
@@ -258,10 +261,38 @@ def _one_of_each(groups: Iterable[Group]) -> Removal:
     return {group.name: torch.tensor([group.units // 2]) for group in groups}
 
 
+def _every_other(groups: Iterable[Group]) -> Removal:
+    """Return units such that whatever picks units by their numbers picks others afterwards."""
+    return {group.name: torch.arange(0, group.units if group.units > 3 else 1, 2) for group in groups}
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Return the model with random values for constant parameters, such as scales that start at zero or near it.
+
+    What they multiply would not show in the outputs. All other tensors are the model's own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for tensor in tensors(model).values():
+        memo[id(tensor)] = tensor
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.numel() and _says_nothing(tensor):
+            values = torch.rand(tensor.shape, generator=generator) + 0.5
+            # products of many stay of the size of one
+            values /= tensor[0].numel() ** 0.5 if tensor.dim() > 1 else 1
+            memo[id(tensor)] = nn.Parameter(values.to(tensor), tensor.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _says_nothing(tensor: torch.Tensor) -> bool:
+    with torch.no_grad():
+        first = tensor.flatten()[0]
+        return bool(tensor.abs().max() < _FAINT_SCALE) or (tensor.numel() > 1 and bool((tensor == first).all()))
+
+
 def _run(model: nn.Module, inputs: Inputs) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return model.eval()(*inputs)
+        return model.eval()(*fresh(inputs))
 
 
 def _follow(model: nn.Module) -> list[str]:

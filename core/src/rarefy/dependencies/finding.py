@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rarefy.dependencies.groups import Dependencies, Group, Kind, Length, Member, tensors
 from rarefy.dependencies.labels import Ids
@@ -32,13 +32,15 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
 
     Raises `StageError` when it does not run on the inputs.
     """
-    twin = structure_copy(model).eval()
+    twin = _copy(model).eval()
+    # before the head counts of torch's attention are opened, under the names of the model's own tensors
+    names = {id(tensor): name for name, tensor in tensors(twin).items()}
     for module in [m for m in twin.modules() if type(m) is nn.MultiheadAttention]:
         replace_(twin, module, opened(module))
-    trace = Trace({id(tensor): name for name, tensor in tensors(model).items()})
+    trace = Trace(names)
     with torch.random.fork_rng(devices=[]), tracing(trace, twin):
         try:
-            out = twin(*inputs)
+            out = twin(*fresh(inputs))
         except Exception as error:
             raise StageError(
                 f"the model does not run on the example inputs: {type(error).__name__}: {error}"
@@ -76,9 +78,21 @@ class Observation:
             self.trace.algebra.labels.unite_sets(list(sizes[0].labels), list(size.labels))
 
 
-def structure_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the modules on the very same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors(model).values()})
+def fresh(inputs: Inputs) -> Inputs:
+    """Return inputs that a model may write into."""
+    copied: Inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    return copied
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a copy, since a forward may write into parameters and buffers; raise `StageError` when there is none."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise StageError(
+            f"the model cannot be copied: {type(error).__name__}: {error}; modules must hold no tensors with a history "
+            "besides their parameters and buffers (torch.nn.utils.parametrizations.weight_norm holds none)"
+        ) from error
 
 
 class _Extraction:
@@ -204,7 +218,10 @@ class _Extraction:
         positions, leaves = (np.concatenate(part) for part in zip(*expanded, strict=True))
         groups, units = self.group_of[leaves], self.unit_of[leaves]
         return tuple(
-            (names[number], _by_unit(units[groups == number], positions[groups == number]))
+            (
+                name := names[number],
+                _by_unit(units[groups == number], positions[groups == number], len(self.labels[name])),
+            )
             for number in np.unique(groups[groups >= 0])
         )
 
@@ -215,11 +232,11 @@ def _same_parts(one: Parts, other: Parts) -> bool:
     )
 
 
-def _by_unit(units: Ids, positions: Ids) -> torch.Tensor:
-    """Return positions by unit, (units, most positions); -1 stands for none."""
+def _by_unit(units: Ids, positions: Ids, count: int) -> torch.Tensor:
+    """Return positions by unit, (units, most positions); -1 stands for none, and a unit may have none."""
     order = np.lexsort((positions, units))
     units, positions = units[order], positions[order]
-    counts = np.bincount(units)
+    counts = np.bincount(units, minlength=count)
     rank = np.arange(len(units)) - np.repeat(np.cumsum(counts) - counts, counts)
     table = np.full((len(counts), counts.max()), -1)
     table[units, rank] = positions
