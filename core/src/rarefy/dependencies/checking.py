@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from rarefy.dependencies.cutting import cut, mask
@@ -36,6 +37,7 @@ def find_dependencies(model: nn.Module, inputs: Inputs, *, verify: bool = True) 
     out by the first run after a cut. `model` is not changed. Raises `StageError` when it does not run on the inputs.
     """
     _refuse_wrapped(model)
+    _refuse_unready(model, inputs)
     settling = _Settling(model, inputs)
     return settling.settle() if verify else settling.found
 
@@ -51,6 +53,21 @@ def _refuse_wrapped(model: nn.Module) -> None:
     kind = type(model).__name__
     if kind in wrapped:
         raise StageError(f"a {kind} cannot be analyzed: {wrapped[kind]}")
+
+
+def _refuse_unready(model: nn.Module, inputs: Inputs) -> None:
+    if isinstance(inputs, torch.Tensor):
+        raise StageError("inputs are the model's positional arguments: pass a tuple, `(x,)` for one tensor")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise StageError(
+                f"the module {name!r} is a ScriptModule, which runs no Python: use the one it was made from"
+            )
+    for name, tensor in tensors(model).items():
+        if is_lazy(tensor):
+            raise StageError(f"{name!r} has no shape yet; run the model once on example inputs")
+        if tensor.is_meta:
+            raise StageError(f"{name!r} is on the meta device and has no values; load the weights first")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def cut(model: nn.Module, dependencies: Dependencies, removal: Removal) -> nn.Mo
     """Return a copy of `model` without the units in `removal`; `model` is not changed.
 
     Gradients and optimizer states do not carry over. Raises `StageError` when a group is pinned or unknown, a unit
-    number is out of range, or a tensor would be left empty.
+    number is out of range, a tensor would be left empty, or the groups were found in a model of other shapes.
     """
     removal = checked(dependencies, removal)
     kept = _kept(model, dependencies, removal)
@@ -80,9 +80,12 @@ def checked(dependencies: Dependencies, removal: Removal) -> dict[str, torch.Ten
     result = {}
     for name, units in removal.items():
         group = dependencies[name]
-        units = torch.unique(torch.as_tensor(units, dtype=torch.int64, device="cpu"))
-        if not len(units):
+        units = torch.as_tensor(units, device="cpu")
+        if not units.numel():
             continue
+        if units.dtype == torch.bool or units.is_floating_point() or units.is_complex():
+            raise StageError(f"units of {name!r} are given by their numbers, int64, not as {units.dtype}")
+        units = torch.unique(units.long())
         if group.pinned is not None:
             raise StageError(f"the group {name!r} cannot be cut: {group.pinned}")
         if units[0] < 0 or units[-1] >= group.units:
@@ -118,9 +121,10 @@ def removed(dependencies: Dependencies, removal: Removal) -> dict[tuple[str, int
 def _kept(model: nn.Module, dependencies: Dependencies, removal: Removal) -> dict[tuple[str, int], torch.Tensor]:
     found, kept = tensors(model), {}
     for (name, dim), gone in removed(dependencies, removal).items():
-        if name not in found or int(gone[-1]) >= found[name].shape[dim]:
+        given = found[name].shape if name in found else None
+        if given != dependencies.shapes.get(name, given) or given is None or int(gone[-1]) >= given[dim]:
             raise StageError(f"the groups belong to another model: {name!r} does not fit; find its dependencies again")
-        stays = torch.ones(found[name].shape[dim], dtype=torch.bool)
+        stays = torch.ones(given[dim], dtype=torch.bool)
         stays[gone] = False
         if not stays.any():
             raise StageError(f"nothing would be left of {name!r} along dimension {dim}; keep at least one unit")

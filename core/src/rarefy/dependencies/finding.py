@@ -100,7 +100,7 @@ class _Extraction:
 
     def __init__(self, trace: Trace, model: nn.Module) -> None:
         self.trace, self.model = trace, model
-        self.dimensions = {name: tensor.dim() for name, tensor in tensors(model).items()}
+        self.shapes = {name: tensor.shape for name, tensor in tensors(model).items()}
         labels = trace.algebra.labels
         self.places = list(trace.atoms)
         self.reasons = labels.pinned()
@@ -120,6 +120,7 @@ class _Extraction:
             tuple(_with_overlap(free)),
             (*(group for group in groups if group.pinned is not None), *self._unreached()),
             tuple(self._lengths([group.name for group in groups])),
+            self.shapes,
         )
 
     def _groups(self) -> Iterator[tuple[Group, Ids]]:
@@ -180,7 +181,7 @@ class _Extraction:
         taken = Counter[str]()
         # what may be cut gets the plain names
         for group, leaves in sorted(groups, key=lambda pair: pair[0].pinned is not None):
-            first = next((m for m in group.members if self.dimensions[m.tensor] > 1), group.members[0])
+            first = next((m for m in group.members if len(self.shapes[m.tensor]) > 1), group.members[0])
             stem = first.tensor.removesuffix(".weight")
             taken[stem] += 1
             name = stem if taken[stem] == 1 else f"{stem}~{taken[stem]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -80,6 +80,8 @@ class Dependencies:
     """What may not, each with its reason."""
     lengths: tuple[Length, ...] = ()
     """Attributes of modules to correct after a cut."""
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
+    """The shape of each parameter and buffer of the model they were found in, by name."""
 
     def __getitem__(self, name: str) -> Group:
         """Return the group called `name`; raise `StageError` when there is none."""
