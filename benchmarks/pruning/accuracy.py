@@ -1,0 +1,173 @@
+"""ResNet-20 on Fashion-MNIST at 2x and 3x fewer FLOPs: our criteria against torch-pruning's, same fine-tuning.
+
+python -m benchmarks.pruning.accuracy --data FOLDER [--weights FOLDER] [--ratios 2 3] [--seeds 0 1 2]
+
+FOLDER of `--data` holds the four IDX files of Fashion-MNIST (Debian: package dataset-fashion-mnist, in
+/usr/share/datasets/fashion-mnist). `--weights` keeps the trained networks between calls. torch-pruning is measured
+when it is there: `pip install --no-deps torch-pruning==1.6.1`, beside rarefy.
+
+Which criterion and which loss stands for each side is chosen on the validation split at seed 0; the test split is
+measured once per run, after the last epoch. Results are kept run by run in results/pruning-accuracy.json, so that a
+call goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rarefy import zoo
+from rarefy.measure import flops, latency, parameters
+from rarefy.nouns import implement
+from rarefy.tasks.data import fashion_mnist
+from rarefy.training import fit
+from rarefy_distillation.config import LogitsConfig
+from rarefy_pruning.channels import config as channels
+from rarefy_schemas import Finetune
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+RESULTS = Path(__file__).parent.parent / "results" / "pruning-accuracy.json"
+TRAIN = Finetune(epochs=4, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, batch_size=128)
+TUNE = Finetune(epochs=2, optimizer="sgd", lr=0.05, weight_decay=5e-4, warmup=0.05, batch_size=128)
+LOSSES = {
+    "labels": TUNE,
+    "teacher": TUNE.model_copy(update={"objective": LogitsConfig(temperature=4.0, alpha=0.5)}),
+}
+CRITERIA: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "l1": lambda goal: channels.ChannelL1Config(**goal),
+    "l2 alike": lambda goal: channels.ChannelL2Config(scope="alike", **goal),
+    "fisher global": lambda goal: channels.ChannelFisherConfig(scope="global", **goal),
+    "fisher": lambda goal: channels.ChannelFisherConfig(**goal),
+}
+THEIRS = {"uniform": {"global_pruning": False}, "global": {"global_pruning": True}}
+
+
+def ours(model: nn.Module, task: Any, criterion: str, ratio: float) -> nn.Module:
+    """Cut by one of our criteria to 1/ratio of the FLOPs."""
+    goal = {"target": {"measure": "flops", "share": 1 / ratio}, "round_to": 1}
+    technique = implement(CRITERIA[criterion](goal))
+    analysis = technique.analyze(model, task)
+    return technique.transform(copy.deepcopy(model), analysis, task)
+
+
+def theirs(model: nn.Module, task: Any, kind: str, ratio: float) -> nn.Module:
+    """Cut by torch-pruning's group magnitude to at most 1/ratio of the FLOPs, the share found by bisection."""
+    import torch_pruning
+
+    inputs = task.example_inputs(1)
+    whole = flops(model, inputs)
+
+    def at(share: float) -> nn.Module:
+        copied = copy.deepcopy(model)
+        pruner = torch_pruning.pruner.BasePruner(
+            copied,
+            inputs[0],
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=share,
+            max_pruning_ratio=0.9,
+            ignored_layers=[copied.fc],
+            round_to=1,
+            **THEIRS[kind],
+        )
+        pruner.step()
+        return copied
+
+    low, high = 0.0, 0.95
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (low, middle) if flops(at(middle), inputs) <= whole / ratio else (middle, high)
+    return at(high)
+
+
+def trained(task: Any, seed: int, folder: Path | None) -> nn.Module:
+    """Return the network trained with a seed, from the folder when it is there."""
+    torch.manual_seed(seed)
+    model = zoo.resnet20(in_channels=1, shortcut="project")
+    file = folder and folder / f"resnet20-{seed}.safetensors"
+    if file and file.exists():
+        model.load_state_dict(load_file(file))
+        return model.eval()
+    fit(model, model, task, TRAIN, seed=seed)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), file)
+    return model.eval()
+
+
+def measured(
+    task: Any, model: nn.Module, cut: Callable[..., nn.Module], name: str, ratio: float, loss: str, seed: int
+) -> dict[str, Any]:
+    """Cut, fine-tune and measure one network."""
+    began = time.monotonic()
+    compact = cut(model, task, name, ratio)
+    raw = task.score(compact, "validation")
+    fit(compact, model, task, LOSSES[loss], seed=seed)
+    inputs = task.example_inputs(1)
+    speed = {size: latency(model, compact, task.example_inputs(size)) for size in (1, 64)}
+    return {
+        "flops_ratio": flops(model, inputs) / flops(compact, inputs),
+        "parameters_ratio": parameters(model) / parameters(compact),
+        "validation_before": raw,
+        "validation": task.score(compact, "validation"),
+        "test": task.score(compact, "test"),
+        "original_test": task.score(model, "test"),
+        "speed_up": {str(size): [found.low, found.speed_up, found.high] for size, found in speed.items()},
+        "seconds": time.monotonic() - began,
+    }
+
+
+class Runs:
+    """Results by name, kept in a file."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+    def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a result, made now when it is missing."""
+        if key not in self.done:
+            self.done[key] = make()
+            RESULTS.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
+            found = self.done[key]
+            print(f"{key}: validation {found['validation']:.4f} test {found['test']:.4f}", flush=True)
+        return self.done[key]
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 3.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    task, runs = fashion_mnist(chosen.data), Runs()
+    networks = {seed: trained(task, seed, chosen.weights) for seed in chosen.seeds}
+
+    def run(side: str, name: str, loss: str, ratio: float, seed: int) -> dict[str, Any]:
+        cut = ours if side == "rarefy" else theirs
+        key = f"{side} | {name} | {loss} | {ratio:g}x | seed {seed}"
+        return runs.get(key, lambda: measured(task, networks[seed], cut, name, ratio, loss, seed))
+
+    first = chosen.seeds[0]
+    for ratio in chosen.ratios:
+        ranked = [("rarefy", name, "teacher") for name in CRITERIA] + [("rarefy", "l1", "labels")]
+        mine = max(ranked, key=lambda entry: run(*entry, ratio, first)["validation"])
+        other = max(
+            [("torch-pruning", kind, "labels") for kind in THEIRS],
+            key=lambda entry: run(*entry, ratio, first)["validation"],
+        )
+        for seed in chosen.seeds[1:]:
+            for entry in (mine, other):
+                run(*entry, ratio, seed)
+
+
+if __name__ == "__main__":
+    main()
