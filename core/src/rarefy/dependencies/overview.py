@@ -57,7 +57,8 @@ def group_rows(model: nn.Module, task: Task, *, sensitivity: bool = False) -> li
     increase = Increase(model, task) if sensitivity else None
     rows = []
     for group in track([*found.groups, *found.pinned], "looking at groups"):
-        saved, increases = None, ()
+        saved: float | None = None
+        increases: tuple[float, ...] = ()
         if group.pinned is None:
             half = torch.arange(group.units // 2)
             saved = 1 - flops(cut(meta, found, {group.name: half}), inputs) / whole
@@ -85,7 +86,7 @@ def _parameters(model: nn.Module, group: Group) -> int:
     found, left = dict(model.named_parameters()), defaultdict[str, dict[int, int]](dict)
     for member in group.members:
         if member.tensor in found:
-            rest = found[member.tensor].shape[member.dim] - len(member.indices.unique())
+            rest = found[member.tensor].shape[member.dim] - len(torch.unique(member.indices))
             left[member.tensor][member.dim] = rest
     return sum(
         found[name].numel() - math.prod(dims.get(d, size) for d, size in enumerate(found[name].shape))

@@ -134,6 +134,7 @@ class ChannelRandomConfig(ChannelPruning):
     """Remove channels at random, the baseline of every criterion."""
 
     implementation: ClassVar[str] = "rarefy_pruning.channels.weights:Random"
+    paper: ClassVar[str] = "Mittal et al. 2018, Recovering from random pruning"
     technique: Literal["pruning/channel-random"] = "pruning/channel-random"
 
 

@@ -1,0 +1,171 @@
+"""`rarefy analyze`: groups, what cutting them saves, sensitivity, plots; and how a change of the loss is measured."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rarefy import registry
+from rarefy.cli import main
+from rarefy.dependencies import cut, find_dependencies, mask
+from rarefy.dependencies.overview import GroupRow, group_rows
+from rarefy.errors import StageError
+from rarefy.measure import flops
+from rarefy.report.group_plot import draw_groups
+from rarefy.sensitivity import Increase
+from rarefy.tasks import ClassificationTask
+from rarefy.zoo import digits_cnn
+from torch import nn
+from torch.nn import functional as F
+
+
+@pytest.fixture
+def rarefy(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs a command in a folder of its own: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(registry.FILES, "")
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    yield call
+    registry.get.cache_clear()
+
+
+class TestIncrease:
+    def test_it_is_the_difference_of_the_mean_losses(self) -> None:
+        torch.manual_seed(0)
+        x, y = torch.randn(25, 4), torch.arange(25) % 3
+        task = ClassificationTask.from_arrays(x, y, validation=(x, y), test=(x, y), batch_size=10)
+        model, other = nn.Linear(4, 3), nn.Linear(4, 3)
+        losses = [float(F.cross_entropy(m(x), y).detach()) for m in (model, other)]
+        increase = Increase(model, task)
+        assert increase(other) == pytest.approx(losses[1] - losses[0], rel=1e-5)
+        assert increase(model) == 0
+
+    def test_without_labels_it_is_how_far_the_outputs_move(self) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(30, 4)
+        task = ClassificationTask.from_arrays(x, None, validation=(x, None), test=(x, None), batch_size=10)
+        model = nn.Linear(4, 3, bias=False)
+        half = copy.deepcopy(model)
+        half.weight.data /= 2
+        increase = Increase(model, task)
+        assert increase(half) == pytest.approx(0.25)
+        assert increase(model) == 0
+
+    def test_modes_are_restored(self, digits_task: ClassificationTask) -> None:
+        model = digits_cnn().train()
+        Increase(model, digits_task)(model)
+        assert model.training
+
+
+class TestGroups:
+    def test_rows_say_what_the_groups_hold_and_save(self, digits_task: ClassificationTask) -> None:
+        model = digits_cnn()
+        rows = {row.name: row for row in group_rows(model, digits_task)}
+        # conv1 has 16 filters of 9 weights with biases, and conv2 reads each by 32 x 9 weights
+        assert rows["conv1"].parameters == 16 * (9 + 1) + 16 * 32 * 9
+        assert rows["conv1"].members == ("conv1.weight[0]", "conv1.bias[0]", "conv2.weight[1]")
+        x = digits_task.example_inputs(1)
+        halved = cut(model, find_dependencies(model, x), {"conv1": torch.arange(8)})
+        assert rows["conv1"].flops_saved == pytest.approx(1 - flops(halved, x) / flops(model, x))
+        assert rows["fc2"].pinned is not None
+        assert "output" in rows["fc2"].pinned
+        assert rows["fc2"].flops_saved is None
+        assert all(row.increases == () for row in rows.values())
+
+    def test_a_tensor_cut_along_two_dimensions_counts_once(self, digits_task: ClassificationTask) -> None:
+        class Stream(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.middle, self.last = nn.Linear(64, 6), nn.Linear(6, 6), nn.Linear(6, 10)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                h = self.first(x.flatten(1))
+                out: torch.Tensor = self.last(h + torch.relu(self.middle(h)))
+                return out
+
+        rows = {row.name: row for row in group_rows(Stream(), digits_task)}
+        assert rows["first"].parameters == 6 * 65 + (6 * 6 + 6) + 10 * 6
+
+    def test_sensitivity_masks_the_units_with_the_smallest_norm(
+        self, digits_task: ClassificationTask, trained_digits: nn.Module
+    ) -> None:
+        rows = {row.name: row for row in group_rows(trained_digits, digits_task, sensitivity=True)}
+        found = find_dependencies(trained_digits, digits_task.example_inputs(1))
+        out, into = trained_digits.conv1.weight, trained_digits.conv2.weight
+        order = (out.square().sum((1, 2, 3)) + into.square().sum((0, 2, 3))).argsort()
+        increase = Increase(trained_digits, digits_task)
+        expected = [increase(mask(trained_digits, found, {"conv1": order[:count]})) for count in (4, 8, 12)]
+        assert rows["conv1"].increases == pytest.approx(expected)
+        assert rows["conv1"].increases[2] > 0.05
+        assert rows["fc2"].increases == ()
+
+    @pytest.mark.parametrize("ending", ["svg", "png", "html"])
+    def test_plots(self, tmp_path: Path, ending: str) -> None:
+        row = GroupRow("conv<1>", "channel", 8, ("conv1.weight[0]",), 100, 0.25, False, None, (0.1, 0.2, 0.5))
+        pinned = GroupRow("fc", "channel", 3, ("fc.weight[0]",), 10, None, False, "it is part of the output")
+        path = tmp_path / f"groups.{ending}"
+        draw_groups([row, pinned], path, "Groups of a < b")
+        data = path.read_bytes()
+        if ending == "png":
+            assert data.startswith(b"\x89PNG")
+        else:
+            text = data.decode()
+            assert text.startswith("<!doctype html>" if ending == "html" else "<?xml")
+            assert "conv&lt;1&gt; (8)" in text
+            assert "pinned: it is part of the output" in text
+            assert "50% masked" in text
+
+    def test_other_endings_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(StageError, match=r"\.svg, \.png, \.html"):
+            draw_groups([], tmp_path / "groups.gif", "none")
+
+
+class TestCommand:
+    def test_it_prints_the_groups_as_table_json_and_plot(self, rarefy: Any) -> None:
+        arguments = ("analyze", "zoo:digits_cnn", "--task", "data:digits", "--groups")
+        code, out, err = rarefy(*arguments, "--plot", "groups.svg")
+        assert code == 0, err
+        assert "pinned: it is part of the model's output" in out
+        assert "conv2" in out
+        assert Path("groups.svg").read_text().startswith("<?xml")
+        code, out, _ = rarefy(*arguments, "--sensitivity", "--json")
+        rows = {row["name"]: row for row in json.loads(out)}
+        assert code == 0
+        assert rows["conv1"]["units"] == 16
+        assert len(rows["conv1"]["increases"]) == 3
+        code, out, _ = rarefy(*arguments, "--sensitivity")
+        assert "loss, 75% masked" in out
+
+    def test_a_technique_can_tell_more_of_each_layer(self, rarefy: Any) -> None:
+        code, out, err = rarefy(
+            "analyze", "zoo:digits_cnn", "--task", "data:digits", "--technique", "pruning/channel-l1",
+            "--set", "amount=0.5", "--set", "scope=sensitivity", "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        assert any("increase_at_16_units" in layer["scores"] for layer in json.loads(out)["layers"])
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (("--groups",), "which task?"),
+            (("--plot", "a.svg"), "belong to --groups"),
+            (("--sensitivity",), "belong to --groups"),
+            (("--groups", "--technique", "pruning/magnitude"), "leave out --technique"),
+            (("--groups", "--task", "data:digits", "--plot", "a.gif"), ".svg, .png, .html"),
+        ],
+    )
+    def test_bad_input(self, rarefy: Any, options: tuple[str, ...], told: str) -> None:
+        code, _, err = rarefy("analyze", "zoo:digits_cnn", *options)
+        assert code != 0
+        assert told in err
+        assert "Traceback" not in err
