@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rarefy.dependencies.cutting import cut, mask
 from rarefy.dependencies.finding import Inputs, fresh, observe
@@ -241,16 +243,28 @@ class _Settling:
 
     def _equal(self, names: Sequence[str]) -> bool:
         removal = _every_other(self.groups[name] for name in names)
+        model, inputs, tolerance = self._exact
         try:
-            compact = _run(cut(self.model, self.found, removal), self.inputs)
+            compact = _run(cut(model, self.found, removal), inputs)
         except Exception:  # whatever its own code raises
             return False
-        masked = _run(mask(self.model, self.found, removal), self.inputs)
-        if same_outputs(compact, masked):
+        masked = _run(mask(model, self.found, removal), inputs)
+        if same_outputs(compact, masked, tolerance):
             return True
         # where a weight is divided by its norm, zero has no direction; almost zero has
-        faint = _run(mask(self.model, self.found, removal, _FAINT), self.inputs)
-        return not _finite(masked) and same_outputs(compact, faint)
+        faint = _run(mask(model, self.found, removal, _FAINT), inputs)
+        return not _finite(masked) and same_outputs(compact, faint, 1e-3)
+
+    @cached_property
+    def _exact(self) -> tuple[nn.Module, Inputs, float]:
+        """The model and inputs in double precision, where a small difference is no rounding, if it runs so."""
+        if {t.dtype for t in self.model.parameters() if t.is_floating_point()} == {torch.float32}:
+            double = copy.deepcopy(self.model).double()
+            inputs = tree_map(lambda x: x.double() if _is_float(x) else x, self.inputs)
+            with contextlib.suppress(Exception):  # code that asks for float32 by name
+                _run(double, inputs)
+                return double, inputs, 1e-6
+        return self.model, self.inputs, 1e-4
 
     def _pin(self, name: str, reason: str) -> None:
         self.run.pin(name, reason)
@@ -326,6 +340,10 @@ def _follow(model: nn.Module) -> list[str]:
         module.register_forward_pre_hook(enter(name))
         module.register_forward_hook(leave)
     return stack
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype == torch.float32
 
 
 def _finite(outputs: Any) -> bool:
