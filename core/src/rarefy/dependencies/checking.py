@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rarefy.dependencies.cutting import cut, mask
-from rarefy.dependencies.finding import Inputs, fresh, observe
+from rarefy.dependencies.finding import Inputs, fresh, leaves, observe
 from rarefy.dependencies.groups import Dependencies, Group, Length, Removal, tensors
 from rarefy.errors import StageError
 
@@ -272,7 +272,7 @@ class _Settling:
 
 def same_outputs(one: Any, other: Any, tolerance: float = 1e-3) -> bool:
     """Tell whether two outputs are equal to a tolerance relative to their largest value, wider in half precision."""
-    pairs = list(itertools.zip_longest(tree_leaves(one), tree_leaves(other)))
+    pairs = list(itertools.zip_longest(leaves(one), leaves(other)))
     return all(
         type(a) is type(b) and (not isinstance(a, torch.Tensor) or _same_tensor(a, b, tolerance)) for a, b in pairs
     )
@@ -347,7 +347,7 @@ def _is_float(x: Any) -> bool:
 
 
 def _finite(outputs: Any) -> bool:
-    return all(bool(x.isfinite().all()) for x in tree_leaves(outputs) if isinstance(x, torch.Tensor))
+    return all(bool(x.isfinite().all()) for x in leaves(outputs) if isinstance(x, torch.Tensor))
 
 
 def _explained(error: Exception) -> str:

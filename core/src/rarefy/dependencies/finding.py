@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
             raise StageError(
                 f"the model does not run on the example inputs: {type(error).__name__}: {error}"
             ) from error
-    for leaf in tree_leaves(out):
+    for leaf in leaves(out):
         if isinstance(leaf, torch.Tensor):
             trace.algebra.pin(trace.fields(leaf), "it is part of the model's output")
     return Observation(trace, twin)
@@ -84,6 +84,23 @@ def fresh(inputs: Inputs) -> Inputs:
     return copied
 
 
+def leaves(value: Any) -> list[Any]:
+    """Return what a value holds, also within objects such as dataclasses, without following an object twice."""
+    found: list[Any] = []
+    waiting, seen = [value], set[int]()
+    while waiting:
+        for leaf in tree_leaves(waiting.pop(0)):
+            inner = None if isinstance(leaf, torch.Tensor | nn.Module | type) else getattr(leaf, "__dict__", None)
+            if is_dataclass(leaf) and not isinstance(leaf, type):
+                inner = {field.name: getattr(leaf, field.name) for field in fields(leaf)}
+            if not inner:
+                found.append(leaf)
+            elif id(leaf) not in seen:
+                seen.add(id(leaf))
+                waiting.append(inner)
+    return found
+
+
 def _copy(model: nn.Module) -> nn.Module:
     """Return a copy, since a forward may write into parameters and buffers; raise `StageError` when there is none."""
     try:
@@ -101,6 +118,7 @@ class _Extraction:
     def __init__(self, trace: Trace, model: nn.Module) -> None:
         self.trace, self.model = trace, model
         self.shapes = {name: tensor.shape for name, tensor in tensors(model).items()}
+        self.parameters = dict(model.named_parameters()).keys()
         labels = trace.algebra.labels
         self.places = list(trace.atoms)
         self.reasons = labels.pinned()
@@ -155,6 +173,8 @@ class _Extraction:
             reason, statistics, kind = fates[chosen[0]]
             if reason is None and len(chosen) == 1:
                 reason = "it is one unit, and something has to stay"
+            elif reason is None and not any(member.tensor in self.parameters for member in members):
+                reason = "no parameter belongs to it"
             yield Group("", members, kind, reason, statistics), leaves[chosen][order]
 
     def _fate(self, leaf: int) -> tuple[str | None, bool, Kind]:
