@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from rarefy.dependencies.cutting import cut, mask
 from rarefy.dependencies.finding import Inputs, fresh, leaves, observe
