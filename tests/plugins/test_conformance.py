@@ -18,6 +18,19 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"amount": 0.6, "finetune": {}},
         {"amount": 0.6, "form": "exponential", "schedule": "cubic", "finetune": {}},
     ],
+    **{
+        f"pruning/channel-{criterion}": [{"amount": 0.4, "round_to": 1}, {"amount": 0.4, "finetune": {}}]
+        for criterion in ("activation", "batch-norm", "fisher", "geometric-median", "l1", "l2", "random", "taylor")
+    },
+    "pruning/group-lasso": [
+        {"strength": 3.0, "structure": structure, "finetune": {"epochs": 2, "optimizer": "sgd", "lr": 0.05}}
+        for structure in ("unit", "filter", "channel")
+    ],
+    "pruning/kernel-lasso": [{"strength": 0.5, "finetune": {"epochs": 2, "optimizer": "sgd", "lr": 0.05}}],
+    "pruning/network-slimming": [
+        {"amount": 0.4},
+        {"amount": 0.4, "strength": 0.01, "finetune": {"epochs": 2, "optimizer": "sgd", "lr": 0.05}},
+    ],
     "pruning/magnitude": [
         {"amount": 0.6},
         {"amount": 0.6, "scope": "layer", "finetune": {}},

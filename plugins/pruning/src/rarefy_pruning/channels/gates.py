@@ -17,7 +17,7 @@ from torch import nn
 from rarefy_pruning.channels.config import ChannelFisherConfig, ChannelTaylorConfig
 from rarefy_pruning.channels.criterion import ChannelCriterion
 from rarefy_pruning.channels.units import Units
-from rarefy_pruning.weights.measures import differentiable, labelled, loss_of
+from rarefy_pruning.measures import differentiable, labelled, loss_of
 
 
 class Taylor(ChannelCriterion[ChannelTaylorConfig]):

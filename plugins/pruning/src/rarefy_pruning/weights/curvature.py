@@ -20,7 +20,7 @@ from rarefy.weights import LayerWeight
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rarefy_pruning.weights.measures import add_, differentiable, labelled, loss_of
+from rarefy_pruning.measures import add_, differentiable, labelled, loss_of
 
 
 def second_derivatives(

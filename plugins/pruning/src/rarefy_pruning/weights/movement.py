@@ -9,9 +9,9 @@ from rarefy.task import Task
 from rarefy.weights import LayerWeight
 from torch import nn
 
+from rarefy_pruning.measures import add_
 from rarefy_pruning.weights.config import MovementConfig
 from rarefy_pruning.weights.criterion import WeightCriterion
-from rarefy_pruning.weights.measures import add_
 
 
 class Movement(WeightCriterion[MovementConfig]):

@@ -9,9 +9,9 @@ from rarefy.task import Task
 from rarefy.weights import LayerWeight
 from torch import nn
 
+from rarefy_pruning.measures import input_norms
 from rarefy_pruning.weights.config import WandaConfig
 from rarefy_pruning.weights.criterion import WeightCriterion
-from rarefy_pruning.weights.measures import input_norms
 
 
 class Wanda(WeightCriterion[WandaConfig]):
