@@ -79,6 +79,35 @@ def gains(relative: dict[int, float]) -> dict[int, float]:
     return found
 
 
+def summary(rows: list[dict[str, Any]], narrowest: int, widest: int) -> dict[int, float]:
+    """Return the gains by multiple over the layers of some widths, geometric mean."""
+    chosen = [row["rounded"] for row in rows if narrowest <= row["width"] <= widest]
+    return {m: statistics.geometric_mean([gain[str(m)] for gain in chosen]) for m in MULTIPLES}
+
+
+def section(results: dict[str, Any]) -> str:
+    """Return the results in words and a table."""
+    rows, machine = results["rows"], results["environment"]
+    ranges = [(width, width) for width in WIDTHS] + [(16, 64), (128, 512)]
+    lines = [
+        "## Widths",
+        "",
+        "Time of a layer whose width was rounded up to a multiple, beside that of the layer as it was; below 1 the "
+        f"wider layer is the faster one. Layers have up to {MOST_REMOVED} channels less than the width in the first "
+        "column, in and out; geometric mean over 3x3 convolutions on 16x16 pixels (batch 1 and 16) and linear layers "
+        f"(1 and 64 rows), medians of {ROUNDS} rounds in turn.",
+        "",
+        f"| width | {' | '.join(f'multiple of {m}' for m in MULTIPLES[1:])} |",
+        f"|{'---|' * len(MULTIPLES)}",
+    ]
+    for narrowest, widest in ranges:
+        gain = summary(rows, narrowest, widest)
+        name = str(widest) if narrowest == widest else f"{narrowest} to {widest}"
+        lines.append(f"| {name} | {' | '.join(f'{gain[m]:.3f}' for m in MULTIPLES[1:])} |")
+    threads = "1 thread" if machine["threads"] == "1" else f"{machine['threads']} threads"
+    return "\n".join([*lines, "", f"Measured on {machine['processor']}, {threads}, torch {machine['torch']}.", ""])
+
+
 def main() -> None:
     """Measure and write the results."""
     import torch
@@ -96,11 +125,10 @@ def main() -> None:
             relative = times(build, width)
             rows.append({"layer": name, "width": width, "relative": relative, "rounded": gains(relative)})
             print(name, width, {m: round(gain, 3) for m, gain in gains(relative).items()}, flush=True)
-    overall = {m: statistics.geometric_mean([row["rounded"][m] for row in rows]) for m in MULTIPLES}
-    print("all", {m: round(gain, 3) for m, gain in overall.items()})
     kept = ("processor", "torch", "threads")
     machine = {key: value for key, value in environment(get()).items() if key in kept}
-    given.output.write_text(json.dumps({"rounded": overall, "rows": rows, "environment": machine}, indent=2) + "\n")
+    given.output.write_text(json.dumps({"rows": rows, "environment": machine}, indent=2) + "\n")
+    print(section(json.loads(given.output.read_text())))
 
 
 if __name__ == "__main__":

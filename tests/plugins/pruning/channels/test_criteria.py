@@ -9,7 +9,6 @@ import torch
 from rarefy.dependencies import find_dependencies
 from rarefy.recipe import load_recipe
 from rarefy.tasks import ClassificationTask
-from rarefy.testing import check_technique
 from rarefy_pruning.channels.criterion import ChannelCriterion
 from rarefy_pruning.channels.units import Units, units_of
 from rarefy_pruning.channels.weights import L1
@@ -193,14 +192,3 @@ def test_another_criterion_is_a_few_lines(perceptron: nn.Sequential, blobs: Clas
     config = load_recipe({"steps": [{"technique": "pruning/channel-l1", "amount": 0.5}]}).steps[0]
     removals = [kind(config).analyze(perceptron, blobs).plan.removal["0"] for kind in (Largest, L1)]
     assert torch.equal(torch.cat(removals).sort().values, torch.arange(8))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_conformance_kit(name: str) -> None:
-    step = {"technique": f"pruning/channel-{name}", "amount": 0.5}
-    check_technique(load_recipe({"steps": [step]}).steps[0])
-
-
-@pytest.mark.parametrize("options", [{"target": {"share": 0.5}, "scope": "global"}, {"amount": 0.4, "finetune": {}}])
-def test_the_conformance_kit_with_other_options(options: dict[str, Any]) -> None:
-    check_technique(load_recipe({"steps": [{"technique": "pruning/channel-l1", **options}]}).steps[0])

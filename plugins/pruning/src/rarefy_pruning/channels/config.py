@@ -52,8 +52,8 @@ class ChannelPruning(TechniqueConfig):
     """Share of each group that stays in any case; at least one unit always does."""
     round_to: int = Field(default=8, ge=1)
     """Widths are rounded up to a multiple of this in groups of at least sixteen times as many units. Measured on one
-    thread of a Xeon (benchmarks/results/widths.json), layers of 113 to 512 channels take 1.1 % less time so, although
-    they are wider; narrower ones 6 % more, so they are left as they come out."""
+    thread of a Xeon (benchmarks/results/widths.json), layers of 113 to 512 channels take 1 % less time so, although
+    they are wider; narrower ones 5 % more, so they are left as they come out."""
     blocks: Literal["whole", "inside"] = "whole"
     """Where heads or convolution groups can go whole or lose equal places inside each: which of the two."""
     statistics: bool = True
