@@ -42,8 +42,8 @@ class GroupRow:
     pinned: str | None
     """Why it may not be cut."""
     increases: tuple[float, ...] = ()
-    """Increase of the loss when the 25, 50 and 75 % of the units with the smallest norm are masked; without labels it is
-    how far the outputs move."""
+    """Increase of the loss when the 25, 50 and 75 % of the units with the smallest norm are masked; without labels
+    it is how far the outputs move."""
 
 
 def group_rows(model: nn.Module, task: Task, *, sensitivity: bool = False) -> list[GroupRow]:
