@@ -102,7 +102,8 @@ class MultiheadAttention(nn.Module):
             mask = mask.view(q.shape[0], -1, *mask.shape[1:])
         parts = [mask] if mask is not None else []
         if padding is not None:
-            parts.append(padding[:, None, None, :])
+            # (batch, keys), or (keys,) without a batch
+            parts.append(padding.view(-1, 1, 1, padding.shape[-1]))
         added = [_additive(part, q.dtype) for part in parts]
         return None if not added else sum(added[1:], added[0])
 
