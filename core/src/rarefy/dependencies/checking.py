@@ -6,8 +6,8 @@ import contextlib
 import copy
 import itertools
 import traceback
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from rarefy.dependencies.groups import Dependencies, Group, Length, Removal, ten
 from rarefy.errors import StageError
 
 _MOST_CHOICES = 64
+_MOST_SEARCHES = 4
 _FAINT = 1e-6
 _FAINT_SCALE = 1e-2
 _Attribute = tuple[str, str, int | None]
@@ -89,8 +90,8 @@ class _Settling:
         self.classes = {name: type(module).__name__ for name, module in model.named_modules()}
         self.chosen: dict[_Attribute, int] = {}
         """Which of the axes seen an attribute stands for, by class of module and attribute; -1 for none."""
-        self.given_up: set[str] = set()
-        """Classes of modules for which no meaning of the attributes helps."""
+        self.searches = Counter[str]()
+        """How often the attributes of each class of modules were searched for other meanings."""
         self.shared: set[_Attribute] = set()
         """Attributes whose axes were tried apart."""
         self.last: dict[Any, Any] = {}
@@ -99,13 +100,6 @@ class _Settling:
     def settle(self) -> Dependencies:
         """Try, correct, tie and pin until all trials pass."""
         while self._improve():
-            self._take()
-        unlike: list[str] = []
-        for names in self._rounds():
-            unlike += self._unlike([name for name in names if not self.groups[name].changes_statistics])
-        for name in unlike:
-            self._pin(name, "cutting it changes more than zeroing it does")
-        if unlike:
             self._take()
         return self.found
 
@@ -158,7 +152,32 @@ class _Settling:
             for i, failure in failures.items():
                 self._pin_culprits(sets[i], failure)
                 return True
-        return False
+        changed = [self._make_equal(names) for names in self._rounds()]
+        return any(changed)
+
+    def _make_equal(self, round_: Sequence[str]) -> bool:
+        """Correct other attributes, or pin, where a cut gives other outputs than zeroing; tell whether one did."""
+        names = [name for name in round_ if not self.groups[name].changes_statistics]
+        if not names or self._equal(names):
+            return False
+        unlike = self._unlike(names)
+        for kind in self._classes_with_lengths_of(unlike):
+            if self._search(kind, lambda: self._equal(unlike)):
+                return True
+        for name in unlike:
+            self._pin(name, "cutting it changes more than zeroing it does")
+        return True
+
+    def _classes_with_lengths_of(self, names: Sequence[str]) -> list[str]:
+        """Return the classes of modules that may have written down an axis that the groups shorten."""
+        return list(
+            dict.fromkeys(
+                self.classes[length.module]
+                for lengths in self.candidates.values()
+                for length in lengths
+                if any(name in names for name, _ in length.parts)
+            )
+        )
 
     def _first(self, among: Iterable[str]) -> _Failure | None:
         """Return the first failure of the groups, those that overlap tried apart."""
@@ -184,21 +203,29 @@ class _Settling:
     def _choose_again(self, names: Sequence[str], failure: _Failure) -> bool:
         """Find other meanings of the attributes of the module that failed; tell whether that helped."""
         kind = self.classes.get(failure.module, "")
+
+        def passes() -> bool:
+            now = self._failure(names)
+            return now is None or self.classes.get(now.module) != kind
+
+        return self._search(kind, passes)
+
+    def _search(self, kind: str, passes: Callable[[], bool]) -> bool:
+        """Choose other axes, or none, for as few attributes of a class of modules as it takes; tell whether any do."""
+        self.searches[kind] += 1
+        if self.searches[kind] > _MOST_SEARCHES:
+            return False
         counts: dict[_Attribute, int] = defaultdict(int)
         for (module, attribute, item), axes in self.candidates.items():
             if self.classes.get(module) == kind:
                 counts[kind, attribute, item] = max(counts[kind, attribute, item], len(axes))
-        if kind in self.given_up or not counts:
-            return False
         before = dict(self.chosen)
-        choices = itertools.product(*([*range(count), -1] for count in counts.values()))
-        for choice in itertools.islice(choices, _MOST_CHOICES):
-            self.chosen = {**before, **dict(zip(counts, choice, strict=True))}
+        others = {key: [i for i in range(-1, count) if i != before.get(key, 0)] for key, count in counts.items()}
+        for choice in itertools.islice(_few_first(others), _MOST_CHOICES):
+            self.chosen = {**before, **choice}
             self.found = replace(self.found, lengths=tuple(self._lengths()))
-            now = self._failure(names)
-            if now is None or self.classes.get(now.module) != kind:
+            if passes():
                 return True
-        self.given_up.add(kind)
         self.chosen = before
         self.found = replace(self.found, lengths=tuple(self._lengths()))
         return False
@@ -268,6 +295,14 @@ class _Settling:
 
     def _pin(self, name: str, reason: str) -> None:
         self.run.pin(name, reason)
+
+
+def _few_first(others: Mapping[_Attribute, list[int]]) -> Iterator[dict[_Attribute, int]]:
+    """Yield other meanings for one attribute, then for two, and so on."""
+    for size in range(1, len(others) + 1):
+        for keys in itertools.combinations(others, size):
+            for axes in itertools.product(*(others[key] for key in keys)):
+                yield dict(zip(keys, axes, strict=True))
 
 
 def same_outputs(one: Any, other: Any, tolerance: float = 1e-3) -> bool:

@@ -199,8 +199,8 @@ class _Extraction:
     def _named(self, groups: list[tuple[Group, Ids]]) -> list[Group]:
         named: list[Group] = []
         taken = Counter[str]()
-        # what may be cut gets the plain names
-        for group, leaves in sorted(groups, key=lambda pair: pair[0].pinned is not None):
+        # what may be cut gets the plain names, and whole blocks before places in them
+        for group, leaves in sorted(groups, key=lambda pair: (pair[0].pinned is not None, pair[0].kind == "position")):
             first = next((m for m in group.members if len(self.shapes[m.tensor]) > 1), group.members[0])
             stem = first.tensor.removesuffix(".weight")
             taken[stem] += 1
