@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import re
 import resource
+import signal
 import time
 import warnings
 from collections import Counter
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from rarefy import dependencies
+from rarefy.files import atomic_write
 from torch import nn
 
 from benchmarks.pruning.architectures import INSTALL, LIBRARIES, Architecture, architectures
@@ -36,14 +38,12 @@ MEMORY = 16 * 2**30
 """Bytes of address space a model may take."""
 
 
-def sweep(chosen: list[Architecture], timeout: float) -> dict[str, dict[str, Any]]:
-    """Examine each architecture in a process of its own and print a line about it."""
-    results = {}
+def sweep(chosen: list[Architecture], timeout: float) -> None:
+    """Examine each architecture in a process of its own, print a line about it and keep its result."""
     for number, architecture in enumerate(chosen, 1):
         result = isolated(architecture, timeout)
-        results[f"{architecture.library}/{architecture.name}"] = result
+        keep(f"{architecture.library}/{architecture.name}", result)
         print(f"{number:3}/{len(chosen)} {line(architecture.name, result)}", flush=True)
-    return results
 
 
 def isolated(architecture: Architecture, timeout: float) -> dict[str, Any]:
@@ -51,23 +51,26 @@ def isolated(architecture: Architecture, timeout: float) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     began = time.perf_counter()
-    process = context.Process(target=child, args=(architecture, there))
+    process = context.Process(target=child, args=(architecture, timeout, there))
     process.start()
     there.close()
     try:
-        result = here.recv() if here.poll(timeout) else lost("timeout", f"not done after {timeout:.0f} s")
+        result = here.recv() if here.poll(20 * timeout) else lost("timeout", f"not done after {20 * timeout:.0f} s")
     except EOFError:
         process.join()
-        result = lost("crash", f"the process ended with code {process.exitcode}")
+        text = f"the process ended with code {process.exitcode}"
+        spent = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        result = lost("timeout", f"{text}, probably past {timeout:.0f} s") if spent else lost("crash", text)
     process.kill()
     process.join()
     about = {"library": architecture.library, "family": architecture.family, "task": architecture.task}
     return {**about, **result, "seconds": time.perf_counter() - began}
 
 
-def child(architecture: Architecture, pipe: Connection) -> None:
+def child(architecture: Architecture, timeout: float, pipe: Connection) -> None:
     """Examine one architecture and send what was found."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(timeout), int(timeout) + 5))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -178,7 +181,7 @@ def main() -> None:
     )
     parser.add_argument("libraries", nargs="*", metavar="library", help=", ".join(LIBRARIES))
     parser.add_argument("--only", default="", help="regular expression that a model's name must match")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds a model may take")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds of processor time a model may take")
     parser.add_argument("--self-check", action="store_true", help="check the oracle itself")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
@@ -186,15 +189,20 @@ def main() -> None:
         self_check()
     for library in options.libraries:
         chosen = [a for a in architectures(library) if re.search(options.only, a.name)]
-        results = sweep(chosen, options.timeout)
-        kept = stored()  # read late: another environment may have written meanwhile
-        kept["models"] |= results
-        kept["torch"] = str(torch.__version__)
-        RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        sweep(chosen, options.timeout)
     if options.libraries or options.table:
         models = stored()["models"]
         wanted = options.libraries or list(LIBRARIES)
         print(table({name: result for name, result in models.items() if result["library"] in wanted}))
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Add a result to those that are there, which another environment may be writing too."""
+    kept = stored()
+    kept["models"][name] = result
+    kept["torch"] = str(torch.__version__)
+    with atomic_write(RESULTS) as path:
+        path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 def stored() -> dict[str, Any]:
