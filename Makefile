@@ -30,6 +30,7 @@ docs: $(STAMP_DEV)  ## write the generated pages of docs/
 
 bench: $(STAMP_DEV)  ## measure what docs/benchmarks.md shows
 	$(BIN)/python -m benchmarks.spine
+	$(BIN)/python -m benchmarks.page
 
 clean:
 	rm -rf $(VENV)

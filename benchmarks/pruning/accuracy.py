@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,46 @@ def measured(
         "speed_up": {str(size): [found.low, found.speed_up, found.high] for size, found in speed.items()},
         "seconds": time.monotonic() - began,
     }
+
+
+def section(results: dict[str, dict[str, Any]]) -> str:
+    """Return the results as a section of the page: each side's choice at seed 0, over the seeds."""
+    lines = [
+        "## ResNet-20 with fewer FLOPs",
+        "",
+        "Fashion-MNIST, cut once, 2 epochs of fine-tuning for either side, last epoch, test split measured once per run. "
+        "Criterion and loss of each side were chosen on the validation split at seed 0 (all that were tried are in the "
+        "results file). Speed-up: median of paired timings on one thread.",
+        "",
+        "| | criterion, loss | seeds | FLOPs | accuracy before | after | drop | speed-up at batch 1 | at batch 64 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for ratio in dict.fromkeys(key.split(" | ")[3] for key in results):
+        for side in ("rarefy", "torch-pruning"):
+            lines += _row(side, ratio, results)
+    return "\n".join([*lines, ""])
+
+
+def _row(side: str, ratio: str, results: dict[str, dict[str, Any]]) -> list[str]:
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for key, result in sorted(results.items()):
+        which, name, loss, times, _ = key.split(" | ")
+        if (which, times) == (side, ratio):
+            entries.setdefault(f"{name}, {loss}", []).append(result)
+    if not entries:
+        return []
+    choice, runs = max(entries.items(), key=lambda entry: entry[1][0]["validation"])
+
+    def mean(get: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.mean(get(run) for run in runs)
+
+    after = [run["test"] for run in runs]
+    return [
+        f"| {side} | {choice} | {len(runs)} | {mean(lambda r: r['flops_ratio']):.2f}x fewer | "
+        f"{mean(lambda r: r['original_test']):.2%} | {mean(lambda r: r['test']):.2%} ({min(after):.2%} to "
+        f"{max(after):.2%}) | {100 * mean(lambda r: r['original_test'] - r['test']):+.2f} points | "
+        f"{mean(lambda r: r['speed_up']['1'][1]):.2f}x | {mean(lambda r: r['speed_up']['64'][1]):.2f}x |"
+    ]
 
 
 class Runs:
