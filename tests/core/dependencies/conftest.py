@@ -139,8 +139,10 @@ def verify(
             assert tensor.shape[dim] == old.shape[dim] - lost, (name, dim)
         assert tensor.requires_grad == old.requires_grad
         assert type(tensor) is type(old)
+    run(compact, inputs, live=False)
     if equal:
-        given, wanted = run(compact, inputs, live=False), run(masked, inputs, live=live)
+        # zeros that have other causes, such as a ReLU, are in both
+        given, wanted = run(compact, inputs, live=live), run(masked, inputs, live=live)
         if not all(leaf.isfinite().all() for leaf in tree_leaves(wanted) if isinstance(leaf, torch.Tensor)):
             # a weight of norm zero has no direction, one of norm almost zero has
             wanted = run(mask(model, deps, removal, 1e-12), inputs, live=live)

@@ -362,8 +362,9 @@ def test_a_forward_that_writes_into_its_input_or_state_leaves_both_alone() -> No
         lambda s, x: x + x[:, :4].mean(1, keepdim=True),
         lambda s, x: s.n(torch.cat([x[:, :3].tanh(), x[:, 3:]], 1)),
         lambda s, x: s.n(torch.cat([x[:, 3:].tanh(), x[:, :3]], 1)),
+        lambda s, x: s.n(x).unflatten(1, (2, -1)).transpose(1, 2).flatten(1),
     ],
-    ids=["mean of the first half", "first three", "swap"],
+    ids=["mean of the first half", "first three", "swap", "shuffle"],
 )
 def test_numbers_in_code_are_found_out_where_statistics_change(middle: Any, oracle: Any) -> None:
     oracle(mlp(middle, n=nn.LayerNorm(8)), X, coarser=True)
