@@ -130,8 +130,8 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         "## ResNet-20 with fewer FLOPs",
         "",
         "Fashion-MNIST, cut once, 2 epochs of fine-tuning for either side, last epoch, test split measured once per "
-        "run. Criterion and loss of each side were chosen on the validation split at seed 0 (all that were tried are in "
-        "the results file). Speed-up: median of paired timings on one thread.",
+        "run. Criterion and loss of each side were chosen on the validation split at seed 0 (all that were tried are "
+        "in the results file). Speed-up: median of paired timings on one thread.",
         "",
         "| | criterion, loss | seeds | FLOPs | accuracy before | after | drop | speed-up at batch 1 | at batch 64 |",
         "|---|---|---|---|---|---|---|---|---|",
