@@ -86,7 +86,7 @@ class _Settling:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.run = observe(model, inputs)
-        self.model, self.inputs = lively(model), inputs
+        self.given, self.inputs = model, inputs
         self.classes = {name: type(module).__name__ for name, module in model.named_modules()}
         self.chosen: dict[_Attribute, int] = {}
         """Which of the axes seen an attribute stands for, by class of module and attribute; -1 for none."""
@@ -281,6 +281,11 @@ class _Settling:
         # where a weight is divided by its norm, zero has no direction; almost zero has
         faint = _run(mask(model, self.found, removal, _FAINT), inputs)
         return not _finite(masked) and same_outputs(compact, faint, 1e-3)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model of the trials."""
+        return lively(self.given)
 
     @cached_property
     def _exact(self) -> tuple[nn.Module, Inputs, float]:
