@@ -115,8 +115,9 @@ class _Settling:
     def _lengths(self) -> Iterator[Length]:
         for (module, attribute, item), axes in self.candidates.items():
             choice = self.chosen.get((self.classes.get(module, ""), attribute, item), 0)
-            if 0 <= choice < len(axes):
-                yield axes[choice]
+            if choice >= 0:
+                # a module whose other axes are of other lengths saw fewer than another one of its class
+                yield axes[min(choice, len(axes) - 1)]
 
     def _rounds(self, among: Iterable[str] | None = None) -> list[list[str]]:
         """Return sets of groups that can be cut together: of those that overlap, whole blocks first, then places."""

@@ -21,6 +21,7 @@ from rarefy.dependencies.labels import Ids
 
 # attributes of torch's own layers that nothing but the run tells when the layer has no tensors
 _WITHOUT_TENSORS = frozenset(["num_features", "normalized_shape", "num_channels"])
+CHOSEN = "data choose among its rows"
 UNKNOWN = "it meets values that belong to no channel, such as the model's inputs or a constant"
 
 

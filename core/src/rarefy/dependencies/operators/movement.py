@@ -9,7 +9,7 @@ import torch
 
 from rarefy.dependencies.fields import Field, Fields, along, axes, compress, moved
 from rarefy.dependencies.operators.pointwise import combined
-from rarefy.dependencies.tracing import UNKNOWN, Call, Rule, Trace
+from rarefy.dependencies.tracing import CHOSEN, UNKNOWN, Call, Rule, Trace
 
 RESHAPED = "a reshape mixes its channels"
 NUMBERED = "code picks it by its number"
@@ -253,11 +253,27 @@ def gather(trace: Trace, call: Call) -> None:
     move(trace, call)
 
 
+def scatter(trace: Trace, call: Call) -> None:
+    """Write or add rows at places that data choose: the other axes of source and target are the same."""
+    target = call["self"]
+    source = call["source"] if "source" in call.arguments else call["src"]
+    dim = call["dim"] % target.dim()
+    sizes = [[1 if d == dim else n for d, n in enumerate(t.shape)] for t in (target, source)]
+    algebra = trace.algebra
+    for tensor in (target, source):
+        algebra.pin([f for f in trace.fields(tensor) if dim in axes(f)], NUMBERED)
+    if sizes[0] != sizes[1]:
+        algebra.pin([*trace.fields(target), *trace.fields(source)], NUMBERED)
+        return
+    ours, theirs = ([f for f in trace.fields(t) if dim not in axes(f)] for t in (target, source))
+    trace.set(call.outputs[0], algebra.meet(ours, sizes[0], theirs, sizes[1], UNKNOWN))
+
+
 def embedding(trace: Trace, call: Call) -> None:
     """Look rows up: which rows there are is fixed, the width is the weight's."""
     weight, indices = call["weight"], call["indices"]
     fields = trace.fields(weight)
-    trace.algebra.pin([f for f in fields if 0 in axes(f)], "data choose among its rows")
+    trace.algebra.pin([f for f in fields if 0 in axes(f)], CHOSEN)
     last = indices.dim()
     trace.set(call.outputs[0], [along(f.numpy().ravel(), last, last + 1) for f in fields if 1 in axes(f)])
 
@@ -293,5 +309,6 @@ RULES: dict[str, Rule] = {
     "index": index,
     "gather": gather,
     "index_select": gather,
+    **dict.fromkeys(["index_add", "index_copy", "scatter_add", "scatter", "scatter_reduce"], scatter),
     "embedding": embedding,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rarefy.dependencies.fields import Fields, axes
-from rarefy.dependencies.tracing import UNKNOWN, Call, Rule, Trace
+from rarefy.dependencies.tracing import CHOSEN, UNKNOWN, Call, Rule, Trace
 
 
 def _multiply(trace: Trace, one: torch.Tensor, other: torch.Tensor) -> Fields:
@@ -46,6 +46,21 @@ def vector(trace: Trace, call: Call) -> None:
     trace.set(out, fields)
 
 
+def grouped(trace: Trace, call: Call) -> None:
+    """Treat `_grouped_mm` of `(rows, k)` by `(experts, k, j)`, where data choose the expert of each row."""
+    rows, experts, out = call["self"], call["mat2"], call.outputs[0]
+    algebra = trace.algebra
+    fields = trace.fields(experts)
+    if rows.dim() != 2 or experts.dim() != 3:
+        for tensor in (rows, experts):
+            algebra.pin(trace.fields(tensor), "matrices of several sizes are multiplied in groups")
+        return
+    algebra.pin([f for f in fields if 0 in axes(f)], CHOSEN)
+    algebra.contract(trace.fields(rows), 1, fields, 1, UNKNOWN)
+    found = [f for f in trace.fields(rows) if axes(f) == {0}]
+    trace.set(out, found + [f.reshape(1, -1) for f in fields if axes(f) == {2}])
+
+
 RULES: dict[str, Rule] = {
     "mm": product,
     "bmm": product,
@@ -55,4 +70,5 @@ RULES: dict[str, Rule] = {
     "mv": vector,
     "dot": vector,
     "addmv": vector,
+    "_grouped_mm": grouped,
 }
