@@ -75,6 +75,7 @@ def patch_(model: nn.Module, heads: dict[nn.Module, int]) -> None:
         if getattr(module, "qkv", None) in heads:
             module.num_heads = heads[module.qkv]
             module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+            module.attn_dim = module.num_heads * module.head_dim
 
 
 def compare(make: Callable[[], nn.Module], runs: int) -> dict[str, Any]:
