@@ -355,7 +355,6 @@ def test_a_forward_that_writes_into_its_input_or_state_leaves_both_alone() -> No
     assert model.calls == 0
 
 
-@pytest.mark.xfail(strict=True, reason="groups that change statistics are only tried for running, not for their values")
 @pytest.mark.parametrize(
     "middle",
     [
@@ -370,6 +369,5 @@ def test_numbers_in_code_are_found_out_where_statistics_change(middle: Any, orac
     oracle(mlp(middle, n=nn.LayerNorm(8)), X, coarser=True)
 
 
-@pytest.mark.xfail(strict=True, reason="the places that `max` gives beside the values are not followed")
 def test_places_of_maxima_are_numbers_of_channels() -> None:
     assert find_dependencies(Net(lambda s, x: s.i(x).max(1), i=nn.Linear(6, 8)), (X,)).groups == ()

@@ -153,7 +153,7 @@ class _Settling:
             for i, failure in failures.items():
                 self._pin_culprits(sets[i], failure)
                 return True
-        changed = [self._make_equal(names) for names in self._rounds()]
+        changed = [self._make_equal(names) or self._pin_unlike_twins(names) for names in self._rounds()]
         return any(changed)
 
     def _make_equal(self, round_: Sequence[str]) -> bool:
@@ -161,13 +161,36 @@ class _Settling:
         names = [name for name in round_ if not self.groups[name].changes_statistics]
         if not names or self._equal(names):
             return False
-        unlike = self._unlike(names)
+        unlike = self._halved(names, self._equal)
         for kind in self._classes_with_lengths_of(unlike):
             if self._search(kind, lambda: self._equal(unlike)):
                 return True
         for name in unlike:
             self._pin(name, "cutting it changes more than zeroing it does")
         return True
+
+    def _pin_unlike_twins(self, round_: Sequence[str]) -> bool:
+        """Pin groups under a mean or variance that do not give the same without the second of every pair of twins."""
+
+        def apt(group: Group) -> bool:
+            twins = group.units % 2 == 0 and any(member.reads for member in group.members)
+            return group.changes_statistics and twins and group.name not in self.run.ratios
+
+        names = [name for name in round_ if apt(self.groups[name])]
+        unlike = self._halved(names, self._equal_twins)
+        for name in unlike:
+            self._pin(name, "cutting it changes more than a mean and a variance")
+        return bool(unlike)
+
+    def _equal_twins(self, names: Sequence[str]) -> bool:
+        """Compare a model in which every second unit is a copy that nobody reads with one cut by these."""
+        model, inputs, tolerance = self._exact
+        twins = with_twins(model, self.found, names)
+        removal = {name: torch.arange(1, self.groups[name].units, 2) for name in names}
+        try:
+            return same_outputs(_run(cut(twins, self.found, removal), inputs), _run(twins, inputs), tolerance)
+        except Exception:  # whatever its own code raises
+            return False
 
     def _classes_with_lengths_of(self, names: Sequence[str]) -> list[str]:
         """Return the classes of modules that may have written down an axis that the groups shorten."""
@@ -260,14 +283,14 @@ class _Settling:
             if (self.classes.get(module, ""), attribute, item) == key:
                 self.run.tie([length for i, length in enumerate(lengths) if i in which])
 
-    def _unlike(self, names: Sequence[str]) -> list[str]:
-        """Return the groups whose cut gives other outputs than their zeroing, by halving."""
-        if not names or self._equal(names):
+    def _halved(self, names: Sequence[str], equal: Callable[[Sequence[str]], bool]) -> list[str]:
+        """Return the groups that are not equal, by halving."""
+        if not names or equal(names):
             return []
         if len(names) == 1:
             return list(names)
         half = len(names) // 2
-        return [*self._unlike(names[:half]), *self._unlike(names[half:])]
+        return [*self._halved(names[:half], equal), *self._halved(names[half:], equal)]
 
     def _equal(self, names: Sequence[str]) -> bool:
         removal = _every_other(self.groups[name] for name in names)
@@ -336,6 +359,23 @@ def _one_of_each(groups: Iterable[Group]) -> Removal:
 def _every_other(groups: Iterable[Group]) -> Removal:
     """Return units such that whatever picks units by their numbers picks others afterwards."""
     return {group.name: torch.arange(0, group.units if group.units > 3 else 1, 2) for group in groups}
+
+
+def with_twins(model: nn.Module, found: Dependencies, names: Sequence[str]) -> nn.Module:
+    """Return a copy in which every second unit of the groups is made like the one before it, and read by nobody.
+
+    A mean or a biased variance over all units is then that over the first of each pair.
+    """
+    result = copy.deepcopy(model)
+    state = tensors(result)
+    for name in names:
+        for member in found[name].members:
+            tensor = state[member.tensor]
+            first, second = (member.indices[i::2].flatten() for i in (0, 1))
+            with torch.no_grad():
+                values = tensor.index_select(member.dim, first)
+                tensor.index_copy_(member.dim, second, torch.zeros_like(values) if member.reads else values)
+    return result
 
 
 def lively(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rarefy.dependencies.groups import Dependencies, Group, Kind, Length, Member, tensors
 from rarefy.dependencies.labels import Ids
 from rarefy.dependencies.operators.layers import KERNEL
-from rarefy.dependencies.operators.reductions import STATISTICS
+from rarefy.dependencies.operators.reductions import RATIO, STATISTICS
 from rarefy.dependencies.tracing import Size, Trace, tracing, written_lengths
 from rarefy.errors import StageError
 from rarefy.modules.attention import opened
@@ -48,6 +48,7 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
     for leaf in leaves(out):
         if isinstance(leaf, torch.Tensor):
             trace.algebra.pin(trace.fields(leaf), "it is part of the model's output")
+            trace.pin_numbers([leaf])
     return Observation(trace, twin)
 
 
@@ -59,12 +60,16 @@ class Observation:
         self.labels: dict[str, Ids] = {}
         """Labels of the units of each group."""
         self.sizes: dict[Length, Size] = {}
+        self.ratios: set[str] = set()
+        """Groups over which a statistic is taken that counts the units."""
 
     def groups(self) -> Dependencies:
         """Return the groups by what is known now."""
         extraction = _Extraction(self.trace, self.model)
         found = extraction.dependencies()
         self.labels, self.sizes = extraction.labels, extraction.sizes
+        ratios = self.trace.algebra.labels.marked(RATIO)
+        self.ratios = {name for name, ids in self.labels.items() if not ratios.isdisjoint(ids.tolist())}
         return found
 
     def pin(self, group: str, reason: str) -> None:
@@ -125,6 +130,8 @@ class _Extraction:
         self.marks = {what: labels.marked(what) for what in (KERNEL, STATISTICS, "row", "place")}
         self.group_of, self.unit_of = (np.full(labels.count, -1) for _ in range(2))
         """Number of the group of each label that may be cut, and of the unit within it."""
+        read = {int(ids[0]) for ids in trace.readers}
+        self.readers = {place for place, ids in trace.atoms.items() if int(ids[0]) in read}
         self.labels: dict[str, Ids] = {}
         """Labels of the units of each group."""
         self.sizes: dict[Length, Size] = {}
@@ -167,6 +174,7 @@ class _Extraction:
                     self.places[place][0],
                     self.places[place][1],
                     torch.from_numpy(positions[order][:, rows[1] == place]),
+                    self.places[place] in self.readers,
                 )
                 for place in dict.fromkeys(rows[1].tolist())
             )

@@ -24,6 +24,8 @@ class Member:
     """The dimension along which it is cut."""
     indices: torch.Tensor
     """Positions along `dim`, `(units, positions per unit)`, int64."""
+    reads: bool = False
+    """Whether the tensor is a weight that is summed over these positions: it reads the units."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from rarefy.dependencies.labels import Ids
 
 # attributes of torch's own layers that nothing but the run tells when the layer has no tensors
 _WITHOUT_TENSORS = frozenset(["num_features", "normalized_shape", "num_channels"])
+NUMBERED = "code picks it by its number"
 CHOSEN = "data choose among its rows"
 UNKNOWN = "it meets values that belong to no channel, such as the model's inputs or a constant"
 
@@ -82,6 +83,12 @@ class Trace:
     """Labels of each dimension of the parameters and buffers that were met."""
     sizes: dict[str, list[Size]] = field(default_factory=dict)
     """Axes seen while each module ran, by the module's name."""
+    views: Any = field(default_factory=WeakIdKeyDictionary)
+    """Tensors that are parameters or buffers moved about, and nothing else."""
+    numbers: Any = field(default_factory=WeakIdKeyDictionary)
+    """Fields of the channels whose numbers a tensor holds, such as where a maximum was."""
+    readers: list[Ids] = field(default_factory=list)
+    """Labels of the dimensions along which weights are summed over."""
     stack: list[str] = field(default_factory=list)
     """Names of the modules that are running, outermost first."""
     written: dict[str, set[int]] = field(default_factory=dict)
@@ -104,9 +111,23 @@ class Trace:
                 found.append(along(self.atoms[name, d], d, tensor.dim()))
         return found
 
+    def pin_numbers(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Pin channels whose numbers are made use of."""
+        for tensor in tensors:
+            self.algebra.pin(self.numbers.get(tensor, []), NUMBERED)
+
     def set(self, tensor: torch.Tensor, fields: Fields) -> None:
         """Say in which fields a tensor lies."""
         self.known[tensor] = fields
+
+    def is_state(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor is a parameter or buffer, or such a one moved about."""
+        return id(tensor) in self.names or tensor in self.views
+
+    def reads(self, weight: torch.Tensor, other: torch.Tensor, axis: int) -> None:
+        """Remember that a weight reads the channels of a product's other factor along an axis."""
+        if self.is_state(weight) and not self.is_state(other):
+            self.readers += [f.numpy().ravel() for f in self.fields(weight) if axes(f) == {axis}]
 
     def note(self, tensor: torch.Tensor) -> None:
         """Remember the labelled axes of a tensor whose length the running module has written down."""
@@ -138,13 +159,18 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from rarefy.dependencies.operators import rule_of
+        from rarefy.dependencies.operators import movement, rule_of
 
         in_place = func._schema.name.endswith("_")
         shapes = {id(t): t.shape for t in args if isinstance(t, torch.Tensor)} if in_place else {}
         out = func(*args, **(kwargs or {}))
         call = _call(func, args, kwargs or {}, out, shapes)
-        rule_of(call)(self.trace, call)
+        self.trace.pin_numbers(call.tensors)
+        rule = rule_of(call)
+        rule(self.trace, call)
+        if call.name in movement.RULES and call.tensors and all(self.trace.is_state(t) for t in call.tensors):
+            for tensor in call.outputs:
+                self.trace.views[tensor] = True
         for tensor in (*call.tensors, *call.outputs):
             self.trace.note(tensor)
         return out

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rarefy.dependencies.fields import Fields, axes, compress
-from rarefy.dependencies.operators.reductions import STATISTICS
+from rarefy.dependencies.operators.reductions import RATIO, STATISTICS
 from rarefy.dependencies.tracing import UNKNOWN, Trace
 
 
@@ -37,7 +37,8 @@ def attention(
     algebra.contract(q, last, k, last, UNKNOWN)
     if scale is None:
         # the default scale is one over the root of the width
-        algebra.mark([f for f in (*q, *k) if last in axes(f)], STATISTICS)
+        for what in (STATISTICS, RATIO):
+            algebra.mark([f for f in (*q, *k) if last in axes(f)], what)
     for fields in (q, k, v):
         algebra.pin([f for f in fields if tokens in axes(f)], UNKNOWN)
     heads = [1 if d in (last, tokens) else n for d, n in enumerate(query.shape)]

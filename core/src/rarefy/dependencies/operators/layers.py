@@ -19,6 +19,7 @@ def convolution(trace: Trace, call: Call) -> None:
     x, weight, bias, groups, out = call["input"], call["weight"], call["bias"], call["groups"], call.outputs[0]
     algebra = trace.algebra
     algebra.mark([f for f in trace.fields(weight) if min(axes(f)) > 1], KERNEL)
+    trace.reads(weight, x, 0 if call["transposed"] else 1)
     first, second = ([f for f in trace.fields(weight) if axes(f) == {d}] for d in (0, 1))
     # fields of (groups, channels per group); a transposed convolution has its input channels first
     rows = _in_groups(trace, first, weight.shape[0], groups)

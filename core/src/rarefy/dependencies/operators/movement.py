@@ -9,10 +9,9 @@ import torch
 
 from rarefy.dependencies.fields import Field, Fields, along, axes, compress, moved
 from rarefy.dependencies.operators.pointwise import combined
-from rarefy.dependencies.tracing import CHOSEN, UNKNOWN, Call, Rule, Trace
+from rarefy.dependencies.tracing import CHOSEN, NUMBERED, UNKNOWN, Call, Rule, Trace
 
 RESHAPED = "a reshape mixes its channels"
-NUMBERED = "code picks it by its number"
 FIXED = "code pads or cuts it at a fixed place"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rarefy.dependencies.fields import Fields, axes
+from rarefy.dependencies.operators.reductions import RATIO
 from rarefy.dependencies.tracing import CHOSEN, UNKNOWN, Call, Rule, Trace
 
 
@@ -12,6 +13,10 @@ def _multiply(trace: Trace, one: torch.Tensor, other: torch.Tensor) -> Fields:
     """Return the fields of `(..., i, k) @ (..., k, j)`, both with the same number of leading axes."""
     algebra, ndim = trace.algebra, one.dim()
     left, right = trace.fields(one), trace.fields(other)
+    trace.reads(one, other, ndim - 1)
+    trace.reads(other, one, ndim - 2)
+    if not trace.is_state(one) and not trace.is_state(other):
+        algebra.mark([f for f in left if ndim - 1 in axes(f)], RATIO)
     algebra.contract(left, ndim - 1, right, ndim - 2, UNKNOWN)
     rows = [f for f in left if ndim - 1 not in axes(f)]
     columns = [f for f in right if ndim - 2 not in axes(f)]
@@ -37,6 +42,8 @@ def vector(trace: Trace, call: Call) -> None:
     """Treat `mv`, `addmv` and `dot`."""
     one, other = call.tensors[-2:]
     algebra = trace.algebra
+    trace.reads(one, other, one.dim() - 1)
+    trace.reads(other, one, 0)
     algebra.contract(trace.fields(one), one.dim() - 1, trace.fields(other), 0, UNKNOWN)
     fields = [f.squeeze(-1) for f in trace.fields(one) if one.dim() > 1 and one.dim() - 1 not in axes(f)]
     out = call.outputs[0]
@@ -55,6 +62,7 @@ def grouped(trace: Trace, call: Call) -> None:
         for tensor in (rows, experts):
             algebra.pin(trace.fields(tensor), "matrices of several sizes are multiplied in groups")
         return
+    trace.reads(experts, rows, 1)
     algebra.pin([f for f in fields if 0 in axes(f)], CHOSEN)
     algebra.contract(trace.fields(rows), 1, fields, 1, UNKNOWN)
     found = [f for f in trace.fields(rows) if axes(f) == {0}]

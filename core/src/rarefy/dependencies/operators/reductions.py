@@ -8,6 +8,9 @@ from rarefy.dependencies.fields import Field, Fields, axes
 from rarefy.dependencies.tracing import Call, Rule, Trace
 
 STATISTICS = "statistics"
+RATIO = "ratio"
+"""A statistic that is another one when every channel is there twice: a sum's share, an unbiased variance, a scale."""
+_AVERAGES = frozenset(["mean", "amax", "amin", "aminmax", "max", "min"])
 _NUMBERED = "code takes the number of one of its channels"
 _ORDERED = "its channels are put in an order or accumulated one after the other"
 
@@ -30,11 +33,17 @@ def _reduce(trace: Trace, call: Call, *, zeros_count: bool) -> None:
     source = call.tensors[0]
     gone = _dims(call, source.dim())
     reduced: Fields = []
+    biased = call.arguments.get("correction") == 0 or call.arguments.get("unbiased") is False
     for field in trace.fields(source):
-        if zeros_count and gone & axes(field):
-            trace.algebra.mark([field], STATISTICS)
+        if gone & axes(field):
+            if zeros_count:
+                trace.algebra.mark([field], STATISTICS)
+            if call.name not in _AVERAGES and not biased:
+                trace.algebra.mark([field], RATIO)
         if axes(field) - gone:
             reduced.append(_without(trace, field, gone))
+    for out in call.outputs[1:]:
+        trace.numbers[out] = [f for f in trace.fields(source) if gone & axes(f)]
     for out in call.outputs:
         kept = reduced
         if out.dim() < source.dim():
@@ -63,7 +72,8 @@ def softmax(trace: Trace, call: Call) -> None:
     """Normalize over an axis."""
     source = call.tensors[0]
     dims = _dims(call, source.dim())
-    trace.algebra.mark([f for f in trace.fields(source) if dims & axes(f)], STATISTICS)
+    for what in (STATISTICS, RATIO):
+        trace.algebra.mark([f for f in trace.fields(source) if dims & axes(f)], what)
     trace.set(call.outputs[0], trace.fields(source))
 
 
