@@ -43,7 +43,8 @@ def _reduce(trace: Trace, call: Call, *, zeros_count: bool) -> None:
         if axes(field) - gone:
             reduced.append(_without(trace, field, gone))
     for out in call.outputs[1:]:
-        trace.numbers[out] = [f for f in trace.fields(source) if gone & axes(f)]
+        if not out.is_floating_point():
+            trace.numbers[out] = [f for f in trace.fields(source) if gone & axes(f)]
     for out in call.outputs:
         kept = reduced
         if out.dim() < source.dim():

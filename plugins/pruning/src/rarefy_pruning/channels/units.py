@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from rarefy.dependencies import Group, Member
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +22,12 @@ class Units:
     @property
     def makers(self) -> list[Member]:
         """The members that produce the units: filters, rows, embeddings."""
-        return [m for m in self.group.members if self._matrix(m) and self._makes(m)]
+        return [m for m in self.group.members if self._matrix(m) and not m.reads]
 
     @property
     def readers(self) -> list[Member]:
         """The members that read the units."""
-        return [m for m in self.group.members if self._matrix(m) and not self._makes(m)]
+        return [m for m in self.group.members if self._matrix(m) and m.reads]
 
     @property
     def size(self) -> int:
@@ -51,18 +50,6 @@ class Units:
 
     def _matrix(self, member: Member) -> bool:
         return isinstance(self.tensors[member.tensor], nn.Parameter) and self.tensors[member.tensor].dim() > 1
-
-    def _makes(self, member: Member) -> bool:
-        owner = self.owners[member.tensor]
-        if isinstance(owner, _ConvTransposeNd | nn.Embedding):
-            return member.dim == 1
-        if isinstance(owner, nn.Linear | nn.modules.conv._ConvNd):
-            return member.dim == 0
-        # a layer of someone's own: its bias lies along its outputs
-        bias = f"{member.tensor.rpartition('.')[0]}.bias"
-        if bias in self.tensors and self.tensors[bias].dim() == 1:
-            return any(m.tensor == bias for m in self.group.members)
-        return member.dim == 0
 
 
 def units_of(model: nn.Module, groups: Sequence[Group]) -> list[Units]:
