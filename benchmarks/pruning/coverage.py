@@ -127,6 +127,33 @@ def table(models: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def section(results: dict[str, Any]) -> str:
+    """Return the results as a section of a page: sums by library, and everything that did not pass."""
+    models = results["models"]
+    rows = table(models).splitlines()
+    sums = rows[len(models) :]
+    others = [line(name, models[name]) for name in sorted(models) if models[name]["status"] not in ("pass", "not run")]
+    return "\n".join(
+        [
+            "## Architectures that the dependency engine prunes",
+            "",
+            "Models of other libraries, random weights, half of the units of every prunable group cut at once; one "
+            "passes when the cut model equals the masked one (groups that change statistics aside), runs with all of "
+            "them cut, and a second analysis of it agrees. No code is specific to a model. The results come from "
+            "several versions of the engine of one day.",
+            "",
+            *(f"- {text}" for text in sums),
+            "",
+            "Not passed:",
+            "",
+            "```text",
+            *others,
+            "```",
+            "",
+        ]
+    )
+
+
 # --- does the oracle notice? ------------------------------------------------------------------------------------------
 
 

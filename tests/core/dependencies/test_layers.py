@@ -371,3 +371,10 @@ def test_numbers_in_code_are_found_out_where_statistics_change(middle: Any, orac
 
 def test_places_of_maxima_are_numbers_of_channels() -> None:
     assert find_dependencies(Net(lambda s, x: s.i(x).max(1), i=nn.Linear(6, 8)), (X,)).groups == ()
+
+
+def test_a_number_written_where_data_choose_pins_the_chosen_axis() -> None:
+    gate = mlp(lambda s, x: x * torch.zeros_like(x).scatter(1, x.topk(2, 1).indices, 1.0))
+    assert find_dependencies(gate, (X,)).groups == ()
+    rows = mlp(lambda s, x: x * torch.ones_like(x).scatter_(0, torch.zeros(1, 1, dtype=torch.int64), 2.0))
+    assert find_dependencies(rows, (X,))["i"].pinned is None

@@ -255,8 +255,12 @@ def gather(trace: Trace, call: Call) -> None:
 def scatter(trace: Trace, call: Call) -> None:
     """Write or add rows at places that data choose: the other axes of source and target are the same."""
     target = call["self"]
-    source = call["source"] if "source" in call.arguments else call["src"]
+    source = call.arguments.get("source", call.arguments.get("src"))
     dim = call["dim"] % target.dim()
+    if source is None:  # a number is written
+        trace.algebra.pin([f for f in trace.fields(target) if dim in axes(f)], NUMBERED)
+        trace.set(call.outputs[0], trace.fields(target))
+        return
     sizes = [[1 if d == dim else n for d, n in enumerate(t.shape)] for t in (target, source)]
     algebra = trace.algebra
     for tensor in (target, source):
