@@ -376,5 +376,5 @@ def test_places_of_maxima_are_numbers_of_channels() -> None:
 def test_a_number_written_where_data_choose_pins_the_chosen_axis() -> None:
     gate = mlp(lambda s, x: x * torch.zeros_like(x).scatter(1, x.topk(2, 1).indices, 1.0))
     assert find_dependencies(gate, (X,)).groups == ()
-    rows = mlp(lambda s, x: x * torch.ones_like(x).scatter_(0, torch.zeros(1, 1, dtype=torch.int64), 2.0))
+    rows = mlp(lambda s, x: x * torch.ones_like(x).scatter_(0, torch.zeros_like(x[:1], dtype=torch.int64), 2.0))
     assert find_dependencies(rows, (X,))["i"].pinned is None
