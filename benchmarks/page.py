@@ -13,6 +13,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 MODULES = (
     "spine",
     "pruning.coverage",
+    "pruning.versus_torch_pruning",
     "pruning.accuracy",
     "pruning.deep_compression",
     "pruning.widths",

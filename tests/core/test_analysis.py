@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rarefy import registry
-from rarefy.cli import main
 from rarefy.dependencies import cut, find_dependencies, mask
 from rarefy.dependencies.overview import GroupRow, group_rows
 from rarefy.errors import StageError
@@ -21,22 +19,6 @@ from rarefy.tasks import ClassificationTask
 from rarefy.zoo import digits_cnn
 from torch import nn
 from torch.nn import functional as F
-
-
-@pytest.fixture
-def rarefy(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that runs a command in a folder of its own: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(registry.FILES, "")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    yield call
-    registry.get.cache_clear()
 
 
 class TestIncrease:

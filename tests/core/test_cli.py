@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rarefy import registry
-from rarefy.cli import main
 
 RECIPE = """\
 name: cli
@@ -29,20 +27,10 @@ steps:
 
 
 @pytest.fixture
-def rarefy(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that runs a command in a folder of its own: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(registry.FILES, "")
+def rarefy(rarefy: Any, tmp_path: Path) -> Any:
+    """Put the recipe into the folder in which commands run."""
     (tmp_path / "r.yaml").write_text(RECIPE)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    yield call
-    registry.get.cache_clear()
+    return rarefy
 
 
 def test_a_run_and_everything_that_looks_at_it(rarefy: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rarefy.dependencies import Dependencies, cut, find_dependencies, mask
+from rarefy.dependencies import Dependencies, cut, find_dependencies, mask, operators
 from rarefy.errors import StageError
 from torch import nn
 
@@ -161,3 +161,15 @@ def test_what_the_inputs_do_not_reach_is_pinned() -> None:
     model.forward = lambda x: model[2](model[1](model[0](x)))
     deps = find_dependencies(model, (X,))
     assert "do not reach" in str(deps["spare"].pinned)
+
+
+def test_a_rule_that_fails_pins(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(trace: Any, call: Any) -> None:
+        raise KeyError("src")
+
+    monkeypatch.setitem(operators.RULES, "_softmax", broken)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softmax(1), nn.Linear(8, 2))
+    found = find_dependencies(model, (torch.randn(2, 4),))
+    assert found.groups == ()
+    assert "the rule for the operator '_softmax' failed" in [group.pinned for group in found.pinned]
+    assert "KeyError" in caplog.text

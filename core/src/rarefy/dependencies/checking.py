@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import itertools
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
 from rarefy.dependencies.cutting import cut, mask
-from rarefy.dependencies.finding import Inputs, fresh, leaves, observe
-from rarefy.dependencies.groups import Dependencies, Group, Length, Removal, tensors
+from rarefy.dependencies.finding import Inputs, observe
+from rarefy.dependencies.groups import Dependencies, Group, Length, tensors
+from rarefy.dependencies.trials import (
+    FAINT,
+    every_other,
+    exact,
+    explained,
+    finite,
+    follow,
+    lively,
+    one_of_each,
+    run,
+    same_outputs,
+    with_twins,
+)
 from rarefy.errors import StageError
 
 _MOST_CHOICES = 64
 _MOST_SEARCHES = 4
-_FAINT = 1e-6
-_FAINT_SCALE = 1e-2
 _Attribute = tuple[str, str, int | None]
-_TORCH = str(Path(torch.__file__).parent)
 
 
 def find_dependencies(model: nn.Module, inputs: Inputs, *, verify: bool = True) -> Dependencies:
     """Return what must be cut together in `model`, found by one run on `inputs`, its positional arguments.
 
-    Every group is tried: a copy with one unit less of each runs on the inputs and, apart from groups that change
-    statistics, gives what the model with these units zeroed gives. Groups that fail are pinned with the place of the
-    failure. Without `verify` nothing is tried, which is faster; code that has widths written into it is then found
-    out by the first run after a cut. `model` is not changed. Raises `StageError` when it does not run on the inputs.
+    Every group is tried: a copy with one unit less of each runs on the inputs, and one with half of them gives what
+    the model with the others zeroed gives; under a mean or variance, what a model with pairs of equal units gives.
+    Groups over which a sum is shared or a scale depends on their number are tried for running only. Groups that fail
+    are pinned with the place of the failure. Without `verify` nothing is tried, which is faster; code that has widths
+    written into it is then found out by the first run after a cut. `model` is not changed. Raises `StageError` when it
+    does not run on the inputs.
     """
     _refuse_wrapped(model)
     _refuse_unready(model, inputs)
@@ -188,7 +195,7 @@ class _Settling:
         twins = with_twins(model, self.found, names)
         removal = {name: torch.arange(1, self.groups[name].units, 2) for name in names}
         try:
-            return same_outputs(_run(cut(twins, self.found, removal), inputs), _run(twins, inputs), tolerance)
+            return same_outputs(run(cut(twins, self.found, removal), inputs), run(twins, inputs), tolerance)
         except Exception:  # whatever its own code raises
             return False
 
@@ -216,12 +223,12 @@ class _Settling:
         """Return the outputs of a copy without one unit of each group, or how it fails; the last trial is kept."""
         key = (frozenset(names), tuple(self.found.lengths))
         if key not in self.last:
-            compact = cut(self.model, self.found, _one_of_each(self.groups[name] for name in sorted(key[0])))
-            stack = _follow(compact)
+            compact = cut(self.model, self.found, one_of_each(self.groups[name] for name in sorted(key[0])))
+            stack = follow(compact)
             try:
-                self.last = {key: _run(compact, self.inputs)}
+                self.last = {key: run(compact, self.inputs)}
             except Exception as error:
-                self.last = {key: _Failure(stack[-1] if stack else "", _explained(error))}
+                self.last = {key: _Failure(stack[-1] if stack else "", explained(error))}
         return self.last[key]
 
     def _choose_again(self, names: Sequence[str], failure: _Failure) -> bool:
@@ -293,18 +300,19 @@ class _Settling:
         return [*self._halved(names[:half], equal), *self._halved(names[half:], equal)]
 
     def _equal(self, names: Sequence[str]) -> bool:
-        removal = _every_other(self.groups[name] for name in names)
+        """Compare a cut of every other unit with its zeroing."""
+        removal = every_other(self.groups[name] for name in names)
         model, inputs, tolerance = self._exact
         try:
-            compact = _run(cut(model, self.found, removal), inputs)
+            compact = run(cut(model, self.found, removal), inputs)
         except Exception:  # whatever its own code raises
             return False
-        masked = _run(mask(model, self.found, removal), inputs)
+        masked = run(mask(model, self.found, removal), inputs)
         if same_outputs(compact, masked, tolerance):
             return True
         # where a weight is divided by its norm, zero has no direction; almost zero has
-        faint = _run(mask(model, self.found, removal, _FAINT), inputs)
-        return not _finite(masked) and same_outputs(compact, faint, 1e-3)
+        faint = run(mask(model, self.found, removal, FAINT), inputs)
+        return not finite(masked) and same_outputs(compact, faint, 1e-3)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -313,14 +321,8 @@ class _Settling:
 
     @cached_property
     def _exact(self) -> tuple[nn.Module, Inputs, float]:
-        """The model and inputs in double precision, where a small difference is no rounding, if it runs so."""
-        if {t.dtype for t in self.model.parameters() if t.is_floating_point()} == {torch.float32}:
-            double = copy.deepcopy(self.model).double()
-            inputs = tree_map(lambda x: x.double() if _is_float(x) else x, self.inputs)
-            with contextlib.suppress(Exception):  # code that asks for float32 by name
-                _run(double, inputs)
-                return double, inputs, 1e-6
-        return self.model, self.inputs, 1e-4
+        """The model and inputs of comparisons, and their tolerance."""
+        return exact(self.model, self.inputs)
 
     def _pin(self, name: str, reason: str) -> None:
         self.run.pin(name, reason)
@@ -332,109 +334,3 @@ def _few_first(others: Mapping[_Attribute, list[int]]) -> Iterator[dict[_Attribu
         for keys in itertools.combinations(others, size):
             for axes in itertools.product(*(others[key] for key in keys)):
                 yield dict(zip(keys, axes, strict=True))
-
-
-def same_outputs(one: Any, other: Any, tolerance: float = 1e-3) -> bool:
-    """Tell whether two outputs are equal to a tolerance relative to their largest value, wider in half precision."""
-    pairs = list(itertools.zip_longest(leaves(one), leaves(other)))
-    return all(
-        type(a) is type(b) and (not isinstance(a, torch.Tensor) or _same_tensor(a, b, tolerance)) for a, b in pairs
-    )
-
-
-def _same_tensor(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    if one.shape != other.shape:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    scale = other[other.isfinite()].abs().max() if other.isfinite().any() else other.new_zeros(())
-    slack = max(tolerance, 16 * torch.finfo(one.dtype).eps)
-    return torch.allclose(one, other, rtol=slack, atol=float(scale) * slack, equal_nan=True)
-
-
-def _one_of_each(groups: Iterable[Group]) -> Removal:
-    return {group.name: torch.tensor([group.units // 2]) for group in groups}
-
-
-def _every_other(groups: Iterable[Group]) -> Removal:
-    """Return units such that whatever picks units by their numbers picks others afterwards."""
-    return {group.name: torch.arange(0, group.units if group.units > 3 else 1, 2) for group in groups}
-
-
-def with_twins(model: nn.Module, found: Dependencies, names: Sequence[str]) -> nn.Module:
-    """Return a copy in which every second unit of the groups is made like the one before it, and read by nobody.
-
-    A mean or a biased variance over all units is then that over the first of each pair.
-    """
-    result = copy.deepcopy(model)
-    state = tensors(result)
-    for name in names:
-        for member in found[name].members:
-            tensor = state[member.tensor]
-            first, second = (member.indices[i::2].flatten() for i in (0, 1))
-            with torch.no_grad():
-                values = tensor.index_select(member.dim, first)
-                tensor.index_copy_(member.dim, second, torch.zeros_like(values) if member.reads else values)
-    return result
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """Return the model with random values for constant parameters, such as scales that start at zero or near it.
-
-    What they multiply would not show in the outputs. All other tensors are the model's own.
-    """
-    generator = torch.Generator().manual_seed(0)
-    memo: dict[int, Any] = {}
-    for tensor in tensors(model).values():
-        memo[id(tensor)] = tensor
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.numel() and _says_nothing(tensor):
-            values = torch.rand(tensor.shape, generator=generator) + 0.5
-            # products of many stay of the size of one
-            values /= tensor[0].numel() ** 0.5 if tensor.dim() > 1 else 1
-            memo[id(tensor)] = nn.Parameter(values.to(tensor), tensor.requires_grad)
-    return copy.deepcopy(model, memo)
-
-
-def _says_nothing(tensor: torch.Tensor) -> bool:
-    with torch.no_grad():
-        first = tensor.flatten()[0]
-        return bool(tensor.abs().max() < _FAINT_SCALE) or (tensor.numel() > 1 and bool((tensor == first).all()))
-
-
-def _run(model: nn.Module, inputs: Inputs) -> Any:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        return model.eval()(*fresh(inputs))
-
-
-def _follow(model: nn.Module) -> list[str]:
-    """Return a list that holds the names of the running modules, also when one fails."""
-    stack: list[str] = []
-
-    def enter(name: str) -> Any:
-        return lambda module, args: stack.append(name)
-
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        stack.pop()
-
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(enter(name))
-        module.register_forward_hook(leave)
-    return stack
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.dtype == torch.float32
-
-
-def _finite(outputs: Any) -> bool:
-    return all(bool(x.isfinite().all()) for x in leaves(outputs) if isinstance(x, torch.Tensor))
-
-
-def _explained(error: Exception) -> str:
-    """Return the message with the place in the model's own code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(_TORCH) and Path(f.filename).parent != Path(__file__).parent]
-    place = f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"the model does not run without one of its units{place}: {first}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from rarefy.dependencies.labels import Ids
 
 # attributes of torch's own layers that nothing but the run tells when the layer has no tensors
 _WITHOUT_TENSORS = frozenset(["num_features", "normalized_shape", "num_channels"])
+log = logging.getLogger("rarefy")
+
 NUMBERED = "code picks it by its number"
 CHOSEN = "data choose among its rows"
 UNKNOWN = "it meets values that belong to no channel, such as the model's inputs or a constant"
@@ -167,7 +170,12 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = _call(func, args, kwargs or {}, out, shapes)
         self.trace.pin_numbers(call.tensors)
         rule = rule_of(call)
-        rule(self.trace, call)
+        try:
+            rule(self.trace, call)
+        except Exception as error:  # what is not understood is pinned, also where the rule is at fault
+            log.warning("the rule for the operator %r failed: %s: %s", call.name, type(error).__name__, error)
+            for tensor in call.tensors:
+                self.trace.algebra.pin(self.trace.fields(tensor), f"the rule for the operator {call.name!r} failed")
         if call.name in movement.RULES and call.tensors and all(self.trace.is_state(t) for t in call.tensors):
             for tensor in call.outputs:
                 self.trace.views[tensor] = True

@@ -53,18 +53,17 @@ def reshape(trace: Trace, call: Call) -> None:
     trace.set(out, fields)
 
 
-def select(trace: Trace, call: Call) -> None:
-    """Pin channels that are picked by number."""
-    dim = call["dim"] % call["self"].dim()
-    trace.algebra.pin([f for f in trace.fields(call["self"]) if dim in axes(f)], NUMBERED)
-    move(trace, call)
+def numbered(argument: str) -> Rule:
+    """Return the rule of an operator that picks, shifts or slides along the axes given by `argument`."""
 
+    def rule(trace: Trace, call: Call) -> None:
+        ndim = max(call["self"].dim(), 1)
+        given = call[argument]
+        dims = {d % ndim for d in (given if isinstance(given, list | tuple) else [given])} or set(range(ndim))
+        trace.algebra.pin([f for f in trace.fields(call["self"]) if dims & axes(f)], NUMBERED)
+        move(trace, call)
 
-def windows(trace: Trace, call: Call) -> None:
-    """Pin channels that a window of a fixed size slides along."""
-    dim = call["dimension"] % max(call["self"].dim(), 1)
-    trace.algebra.pin([f for f in trace.fields(call["self"]) if dim in axes(f)], NUMBERED)
-    move(trace, call)
+    return rule
 
 
 def triangle(trace: Trace, call: Call) -> None:
@@ -92,14 +91,6 @@ def as_complex(trace: Trace, call: Call) -> None:
     trace.algebra.pin([f for f in fields if axes(f) == {last}], NUMBERED)
     whole = [trace.algebra.collapse(f, last) if last in axes(f) else f for f in fields if axes(f) != {last}]
     trace.set(call.outputs[0], [field.squeeze(-1) for field in whole])
-
-
-def roll(trace: Trace, call: Call) -> None:
-    """Pin channels that are shifted by a fixed number of places."""
-    ndim = call["self"].dim()
-    dims = {d % ndim for d in call["dims"]} or set(range(ndim))
-    trace.algebra.pin([f for f in trace.fields(call["self"]) if dims & axes(f)], NUMBERED)
-    move(trace, call)
 
 
 def split(trace: Trace, call: Call) -> None:
@@ -245,13 +236,6 @@ def index(trace: Trace, call: Call) -> None:
     trace.set(call.outputs[0], [f for f in fields if axes(f)])
 
 
-def gather(trace: Trace, call: Call) -> None:
-    """Pin channels that data chooses among along the axis of choice."""
-    dim = call["dim"] % max(call["self"].dim(), 1)
-    trace.algebra.pin([f for f in trace.fields(call["self"]) if dim in axes(f)], NUMBERED)
-    move(trace, call)
-
-
 def scatter(trace: Trace, call: Call) -> None:
     """Write or add rows at places that data choose: the other axes of source and target are the same."""
     target = call["self"]
@@ -282,7 +266,7 @@ def embedding(trace: Trace, call: Call) -> None:
 
 
 _MOVES = (
-    "permute transpose t unsqueeze squeeze expand unbind repeat repeat_interleave pixel_shuffle pixel_unshuffle "
+    "permute transpose t unsqueeze squeeze expand repeat repeat_interleave pixel_shuffle pixel_unshuffle "
     "diagonal channel_shuffle native_channel_shuffle broadcast_to numpy_T movedim"
 ).split()
 _SAME = (
@@ -295,23 +279,23 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy"], reshape),
     **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk"], split),
     **dict.fromkeys(["constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d"], pad),
-    "select": select,
-    "unbind": select,
-    "roll": roll,
+    "select": numbered("dim"),
+    "unbind": numbered("dim"),
+    "roll": numbered("dims"),
     "flip": move,
-    "unfold": windows,
+    "unfold": numbered("dimension"),
     "tril": triangle,
     "triu": triangle,
     "view_as_real": as_real,
     "view_as_complex": as_complex,
     "slice": cut,
-    "narrow": gather,
+    "narrow": numbered("dim"),
     "glu": glu,
     "cat": cat,
     "stack": stack,
     "index": index,
-    "gather": gather,
-    "index_select": gather,
+    "gather": numbered("dim"),
+    "index_select": numbered("dim"),
     **dict.fromkeys(["index_add", "index_copy", "scatter_add", "scatter", "scatter_reduce"], scatter),
     "embedding": embedding,
 }

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rarefy.dependencies import Dependencies, Group, Member, Removal, cut, find_dependencies
-from rarefy.dependencies.checking import same_outputs
+from rarefy.dependencies import Dependencies, Group, Member, Removal, cut, find_dependencies, same_outputs
 from rarefy.measure.mode import evaluation
 from torch import nn
 
