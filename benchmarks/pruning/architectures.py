@@ -18,13 +18,13 @@ INSTALL = """
 The libraries are no dependency of rarefy, and transformers works only where torchvision is absent, so there are two
 environments, both made from the root of a checkout:
 
-  python3 -m venv /tmp/sweep
-  /tmp/sweep/bin/pip install -e .
-  /tmp/sweep/bin/pip install --no-deps torchvision==0.16.2 timm==1.0.31 torch-pruning==1.6.1
-  /tmp/sweep/bin/pip install pillow requests huggingface_hub
+  python3 -m venv ../sweep
+  ../sweep/bin/pip install -e .
+  ../sweep/bin/pip install --no-deps torchvision==0.16.2 timm==1.0.31 torch-pruning==1.6.1
+  ../sweep/bin/pip install pillow requests huggingface_hub
 
-  python3 -m venv /tmp/sweep-hf
-  /tmp/sweep-hf/bin/pip install -e . transformers==5.24.0
+  python3 -m venv ../sweep-hf
+  ../sweep-hf/bin/pip install -e . transformers==5.24.0
 """
 
 Inputs = tuple[Any, ...]
