@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from rarefy.dependencies.groups import Dependencies, Group, tensors
+from rarefy.dependencies.groups import Claims, Dependencies, Group, tensors
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -180,14 +180,11 @@ def check_again(
 def choose(model: nn.Module, groups: tuple[Group, ...], first: str) -> Removal:
     """Choose half of the units of every group, of overlapping ones of the first kind of structure only."""
     draw = torch.Generator().manual_seed(0)
-    taken: dict[tuple[str, int], set[int]] = defaultdict(set)
+    claims = Claims()
     removal = {}
     for group in sorted(groups, key=lambda group: group.kind != first):
-        places = [((m.tensor, m.dim), set(m.indices.flatten().tolist())) for m in group.members]
-        if group.units < 2 or any(taken[key] & indices for key, indices in places):
+        if group.units < 2 or claims.take(group) is not None:
             continue
-        for key, indices in places:
-            taken[key] |= indices
         removal[group.name] = torch.randperm(group.units, generator=draw)[: group.units // 2].sort().values
     return removal
 

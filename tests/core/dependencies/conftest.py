@@ -112,14 +112,14 @@ def some_units(group: Group, generator: torch.Generator) -> torch.Tensor:
 
 
 def rounds(deps: Dependencies, generator: torch.Generator) -> Iterator[list[str]]:
-    """Yield sets of group names without two that cut one dimension of a tensor, until each was in one."""
+    """Yield sets of group names without two that cut the same positions of a tensor, until each was in one."""
     waiting = [deps.groups[i].name for i in torch.randperm(len(deps.groups), generator=generator).tolist()]
     while waiting:
-        taken: set[tuple[str, int]] = set()
+        taken: set[Place] = set()
         now = []
         for name in waiting:
-            places = {(m.tensor, m.dim) for m in deps[name].members}
-            if not (deps[name].overlaps and places & taken):
+            places = {(m.tensor, m.dim, i) for m in deps[name].members for i in m.indices.flatten().tolist()}
+            if not places & taken:
                 now.append(name)
                 taken |= places
         waiting = [name for name in waiting if name not in now]

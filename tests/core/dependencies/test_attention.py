@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rarefy.dependencies import cut, find_dependencies
+from rarefy.dependencies import cut, find_dependencies, mask
 from rarefy.errors import StageError
 from rarefy.modules.attention import MultiheadAttention, opened
 from torch import nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 SEPARATE = ["i:8 statistics", "a.q:3 block", "a.q:4 position"]
 FUSED = ["i:8 statistics", "a.qkv:3 block", "a.qkv:4 position"]
+KINDS = [("block", 2), ("position", 3), ("position", 5)]
 THREE = {"a.qkv": "by its number"}
 
 
@@ -136,6 +137,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str], dict[str, str]]] = {
     "grouped": (lambda: Attention(attend="grouped", heads=6, shared=2), SEPARATE, {}),
 }
 
+
+class Uneven(nn.Module):
+    """Attention whose keys and values come out of one projection, with heads of other widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.widths = 2, [3, 5]
+        self.q, self.kv, self.p = nn.Linear(8, 2 * 3), nn.Linear(8, 2 * 8), nn.Linear(2 * 5, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, kv = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q(x), self.kv(x)))
+        k, v = kv.split(self.widths, -1)
+        return self.p(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
     "encoder": lambda: nn.TransformerEncoder(
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
@@ -168,6 +184,21 @@ def test_attention(name: str, oracle: Any, summary: Any) -> None:
     assert found[0] == sorted(free)
     assert found[1].keys() == pinned.keys()
     assert all(reason in found[1][group] for group, reason in pinned.items())
+
+
+def test_places_of_keys_and_of_values_go_together_and_heads_with_neither(oracle: Any) -> None:
+    model = Block(Uneven())
+    deps = oracle(model, TOKENS)
+    heads, keys, values = (next(g for g in deps.groups if (g.kind, g.units) == k) for k in KINDS)
+    assert all(group.overlaps for group in (heads, keys, values))
+    removal = {keys.name: torch.tensor([0, 2]), values.name: torch.tensor([1, 2, 3])}
+    compact = cut(model, deps, removal)
+    assert compact.a.widths == [1, 2]
+    assert compact.a.kv.weight.shape == (2 * 3, 8)
+    torch.testing.assert_close(compact(TOKENS.double()), mask(model, deps, removal)(TOKENS.double()))
+    for other in removal:
+        with pytest.raises(StageError, match="in two ways at once"):
+            cut(model, deps, {other: removal[other], heads.name: torch.tensor([0])})
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

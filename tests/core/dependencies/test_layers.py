@@ -369,6 +369,28 @@ def test_numbers_in_code_are_found_out_where_statistics_change(middle: Any, orac
     oracle(mlp(middle, n=nn.LayerNorm(8)), X, coarser=True)
 
 
+def test_slices_of_unequal_lengths_are_no_equal_parts(oracle: Any, summary: Any) -> None:
+    """[8:] of 12 could be the last of three parts, but [:8] is none."""
+    model = mlp(lambda s, x: torch.cat([x[:, : s.w] + s.j(x), x[:, s.w :]], 1), 12, 12, j=nn.Linear(12, 8), w=8)
+    agree(summary(oracle(model, X)), ["i:8", "i:4"], {})
+
+
+def test_an_axis_that_two_operators_split_unlike_goes_by_both() -> None:
+    """In three parts, then as a part of a longer axis in two: what falls together either way is one unit."""
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        first, _, third = x.chunk(3, 1)
+        y = torch.cat([x + s.g, first * third], 1)
+        one, other = y.chunk(2, 1)
+        return one * other
+
+    model = mlp(run, 12, 8, g=nn.Parameter(torch.ones(12)))
+    for group in find_dependencies(model, (X,), verify=False).groups:
+        for member in group.members:
+            if member.tensor in ("i.weight", "g") and member.dim == 0:
+                assert all({(i + 4) % 12 for i in unit} == set(unit) for unit in member.indices.tolist())
+
+
 def test_places_of_maxima_are_numbers_of_channels() -> None:
     assert find_dependencies(Net(lambda s, x: s.i(x).max(1), i=nn.Linear(6, 8)), (X,)).groups == ()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.dependencies.groups import Dependencies, Group, Removal, tensors
+from rarefy.dependencies.groups import Claims, Dependencies, Group, Removal, tensors
 from rarefy.errors import StageError
 from rarefy.modules.attention import MultiheadAttention, opened
 from rarefy.technique import replace_
@@ -98,15 +98,14 @@ def checked(dependencies: Dependencies, removal: Removal) -> dict[str, torch.Ten
 
 
 def _refuse_crossing(groups: Sequence[Group]) -> None:
-    users: dict[tuple[str, int], str] = {}
+    claims = Claims()
     for group in groups:
-        for member in group.members if group.overlaps else ():
-            other = users.setdefault((member.tensor, member.dim), group.name)
-            if other != group.name:
-                raise StageError(
-                    f"the groups {other!r} and {group.name!r} cut {member.tensor!r} in two ways at once; "
-                    "cut one of them, then find the dependencies again"
-                )
+        if (crossed := claims.take(group)) is not None:
+            other, tensor = crossed
+            raise StageError(
+                f"the groups {other!r} and {group.name!r} cut {tensor!r} in two ways at once; "
+                "cut one of them, then find the dependencies again"
+            )
 
 
 def removed(dependencies: Dependencies, removal: Removal) -> dict[tuple[str, int], torch.Tensor]:

@@ -284,18 +284,13 @@ def _written(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
 
 def _with_overlap(groups: tuple[Group, ...]) -> Iterator[Group]:
     """Yield the groups, those marked that cut the same positions of a tensor as another one."""
-    users: dict[tuple[str, int], list[tuple[str, set[int]]]] = defaultdict(list)
-    for group in groups:
+    users: dict[tuple[str, int], list[tuple[int, Ids]]] = defaultdict(list)
+    for number, group in enumerate(groups):
         for member in group.members:
-            users[member.tensor, member.dim].append((group.name, set(member.indices.flatten().tolist())))
-    crossing = {
-        name
-        for sharers in users.values()
-        if len(sharers) > 1
-        for name, mine in sharers
-        if any(mine & theirs for other, theirs in sharers if other != name)
-    }
-    for group in groups:
-        yield Group(
-            group.name, group.members, group.kind, group.pinned, group.changes_statistics, group.name in crossing
-        )
+            users[member.tensor, member.dim].append((number, np.unique(member.indices.numpy())))
+    crossing: set[int] = set()
+    for sharers in users.values():
+        shared = np.bincount(np.concatenate([positions for _, positions in sharers])) > 1
+        crossing |= {number for number, positions in sharers if shared[positions].any()}
+    for number, group in enumerate(groups):
+        yield replace(group, overlaps=number in crossing)

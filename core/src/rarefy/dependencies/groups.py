@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -46,7 +47,7 @@ class Group:
     changes_statistics: bool = False
     """Whether a mean, a variance or a scale is taken over the units, so that removal differs from zeroing."""
     overlaps: bool = False
-    """Whether another group cuts the same dimension of the same tensor another way."""
+    """Whether another group cuts some of the same positions of a tensor another way."""
 
     @property
     def units(self) -> int:
@@ -91,6 +92,25 @@ class Dependencies:
             if group.name == name:
                 return group
         raise StageError(f"there is no group {name!r}; the groups are {', '.join(g.name for g in self.groups)}")
+
+
+class Claims:
+    """Positions of tensors that groups have taken, to tell which groups can be cut together."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[str, int], list[tuple[str, torch.Tensor]]] = defaultdict(list)
+
+    def take(self, group: Group) -> tuple[str, str] | None:
+        """Take the positions of a group; when another one has some of them, take none and return it and the tensor."""
+        members = group.members if group.overlaps else ()
+        wanted = [(member.tensor, member.dim, member.indices.flatten()) for member in members]
+        for tensor, dim, positions in wanted:
+            for other, taken in self._taken[tensor, dim]:
+                if other != group.name and bool(torch.isin(positions, taken).any()):
+                    return other, tensor
+        for tensor, dim, positions in wanted:
+            self._taken[tensor, dim].append((group.name, positions))
+        return None
 
 
 Removal = Mapping[str, torch.Tensor]

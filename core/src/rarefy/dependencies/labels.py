@@ -128,12 +128,15 @@ class Labels:
         return labels[inverse].reshape(arrays[0].shape)
 
     def define(self, labels: Ids, parts: Sequence[Ids]) -> None:
-        """Give labels that have none their parts."""
+        """Give labels their parts; those that have some already go with both."""
         if len(parts) > _MOST_PARTS:
             for ids in parts:
                 self.pin(ids, f"it is split in more than {_MOST_PARTS} ways")
             return
-        self._parts[self.find(labels), : len(parts)] = np.stack(parts, -1)
+        whole = self._parts[self.find(labels), 0] < 0
+        self._parts[self.find(labels[whole]), : len(parts)] = np.stack([ids[whole] for ids in parts], -1)
+        if not whole.all():
+            self.unite_sets([labels[~whole]], [ids[~whole] for ids in parts])
 
     def pin(self, ids: Ids, reason: str) -> None:
         """Forbid the removal of labels."""

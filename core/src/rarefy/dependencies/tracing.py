@@ -88,6 +88,8 @@ class Trace:
     """Axes seen while each module ran, by the module's name."""
     views: Any = field(default_factory=WeakIdKeyDictionary)
     """Tensors that are parameters or buffers moved about, and nothing else."""
+    slices: Any = field(default_factory=WeakIdKeyDictionary)
+    """The lengths of the slices taken of a tensor so far, by axis."""
     numbers: Any = field(default_factory=WeakIdKeyDictionary)
     """Fields of the channels whose numbers a tensor holds, such as where a maximum was."""
     readers: list[Ids] = field(default_factory=list)

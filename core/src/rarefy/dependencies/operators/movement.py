@@ -108,7 +108,7 @@ def split(trace: Trace, call: Call) -> None:
 
 
 def cut(trace: Trace, call: Call) -> None:
-    """Treat a slice like a part of a split where it is one."""
+    """Treat a slice like a part of a split into equal parts where it may be one."""
     source, out = call["self"], call.outputs[0]
     dim = (call["dim"] or 0) % source.dim()
     whole, part, step = source.shape[dim], out.shape[dim], call["step"] or 1
@@ -116,7 +116,11 @@ def cut(trace: Trace, call: Call) -> None:
     labelled = [f for f in trace.fields(source) if dim in axes(f)]
     if part in (0, whole) or not labelled:
         move(trace, call)
-    elif step == 1 and whole % part == 0 and start % part == 0 and part > 1:
+        return
+    lengths = trace.slices.setdefault(source, {}).setdefault(dim, set())
+    lengths.add(part)
+    # [:8] and [8:] of 12 are no parts of a split in three, though the second could be the last of three
+    if step == 1 and whole % part == 0 and start % part == 0 and part > 1 and len(lengths) == 1:
         trace.set(out, _parts(trace, source, dim, whole // part)[start // part])
     else:
         if step != 1 or part == 1:
