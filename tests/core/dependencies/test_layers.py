@@ -391,6 +391,24 @@ def test_an_axis_that_two_operators_split_unlike_goes_by_both() -> None:
                 assert all({(i + 4) % 12 for i in unit} == set(unit) for unit in member.indices.tolist())
 
 
+NOBODY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "split": lambda x: x.split([3, 0])[1],
+    "slice": lambda x: x[3:],
+    "index": lambda x: x[torch.zeros(0, dtype=torch.int64)],
+    "mask": lambda x: x[torch.zeros(3, dtype=torch.bool)],
+    "moved": lambda x: x[3:].t().contiguous().t().unflatten(1, (2, -1)).flatten(1),
+}
+
+
+@pytest.mark.parametrize("choose", NOBODY)
+def test_an_expert_that_no_row_chose_keeps_its_channels(choose: str, oracle: Any) -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.relu(), s.e(NOBODY[choose](x))])
+
+    names = {group.name for group in oracle(mlp(run, e=nn.Linear(8, 8)), X).groups}
+    assert "i" in names
+
+
 def test_places_of_maxima_are_numbers_of_channels() -> None:
     assert find_dependencies(Net(lambda s, x: s.i(x).max(1), i=nn.Linear(6, 8)), (X,)).groups == ()
 

@@ -112,6 +112,11 @@ class Algebra:
 
         Channels along an axis that is split become rows and places in a row, which can be removed separately.
         """
+        if 0 in old:  # rows that nobody chose: the other axes are as ever
+            old, new = ([n or 1 for n in shape] for shape in (old, new))
+            if math.prod(old) != math.prod(new):
+                self.pin([field], reason)
+                return []
         full, sizes, split = list(field.shape), [], []
         for before, after in _blocks(old, new):
             varying = [d for d in before if field.shape[d] > 1]
@@ -194,8 +199,6 @@ def _clusters(fields: Fields) -> list[set[int]]:
 
 def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     """Return which axes of `old` become which of `new`, in the smallest pieces whose sizes agree."""
-    if math.prod(old) == 0:
-        return []
     blocks: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):

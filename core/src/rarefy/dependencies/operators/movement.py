@@ -28,10 +28,15 @@ def move(trace: Trace, call: Call) -> None:
         ]
         return call.operator(*positional, **arguments)
 
-    fields = [field.expand(call.shape(source)) for field in trace.fields(source)]
+    shape = call.shape(source)
+    fields = [field.expand([n or 1 for n in shape]) for field in trace.fields(source)]
     results = [again(field) for field in fields]
     for i, out in enumerate(call.outputs):
         parts = [result[i] if isinstance(result, list | tuple) else result for result in results]
+        if 0 not in shape and out.numel() == 0 and out.dim() == len(shape):
+            # a part of length zero, such as the rows of an expert that nobody chose, has the other axes' channels
+            gone = {d for d, n in enumerate(out.shape) if n == 0}
+            parts = [field for field in trace.fields(source) if not axes(field) & gone]
         trace.set(out, [f for part in parts if axes(f := compress(part))])
 
 
@@ -233,11 +238,21 @@ def index(trace: Trace, call: Call) -> None:
         chosen |= set(range(d, d + width)) if tensor is not None else set()
         d += width
     fields = []
+    one_each = [i if i is None or call.outputs[0].numel() else _first_of(i) for i in indices]
     for field in trace.fields(source):
         if chosen & axes(field):
             trace.algebra.pin([field], NUMBERED)
-        fields.append(moved(field, source.shape, lambda f: torch.ops.aten.index(f, indices)))
+        fields.append(moved(field, [n or 1 for n in source.shape], lambda f: torch.ops.aten.index(f, one_each)))
     trace.set(call.outputs[0], [f for f in fields if axes(f)])
+
+
+def _first_of(index: torch.Tensor) -> torch.Tensor:
+    """Return an index that chooses one place where another one chooses none."""
+    if index.dtype not in (torch.bool, torch.uint8):
+        return index if index.numel() else index.new_zeros([n or 1 for n in index.shape])
+    first = index.new_zeros([n or 1 for n in index.shape])
+    first.flatten()[0] = 1
+    return first
 
 
 def scatter(trace: Trace, call: Call) -> None:
