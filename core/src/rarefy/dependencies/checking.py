@@ -13,23 +13,27 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rarefy.dependencies.cutting import cut, mask
-from rarefy.dependencies.finding import Inputs, observe
-from rarefy.dependencies.groups import Dependencies, Group, Length, tensors
+from rarefy.dependencies.cutting import cut
+from rarefy.dependencies.finding import Inputs, observe, on_meta
+from rarefy.dependencies.groups import Dependencies, Group, Length, Removal, tensors
 from rarefy.dependencies.trials import (
     FAINT,
+    Trial,
     every_other,
     exact,
     explained,
     finite,
     follow,
+    has_twins,
     lively,
     one_of_each,
+    rough,
     run,
     same_outputs,
-    with_twins,
+    without,
 )
 from rarefy.errors import StageError
+from rarefy.modules.skeleton import meta_copy
 
 _MOST_CHOICES = 64
 _MOST_SEARCHES = 4
@@ -101,7 +105,9 @@ class _Settling:
         """How often the attributes of each class of modules were searched for other meanings."""
         self.shared: set[_Attribute] = set()
         """Attributes whose axes were tried apart."""
-        self.last: dict[Any, Any] = {}
+        self.last: dict[Any, _Failure | None] = {}
+        self.trials: dict[Callable[[nn.Module, Inputs], Trial], Trial] = {}
+        """What cuts are compared on, made once each."""
         self._take()
 
     def settle(self) -> Dependencies:
@@ -160,44 +166,20 @@ class _Settling:
             for i, failure in failures.items():
                 self._pin_culprits(sets[i], failure)
                 return True
-        changed = [self._make_equal(names) or self._pin_unlike_twins(names) for names in self._rounds()]
+        # one comparison of all, which most networks pass, before those that tell who is to blame
+        changed = [self._make_equal(names) for names in self._rounds() if not self._equal(names, rough)]
         return any(changed)
 
     def _make_equal(self, round_: Sequence[str]) -> bool:
-        """Correct other attributes, or pin, where a cut gives other outputs than zeroing; tell whether one did."""
-        names = [name for name in round_ if not self.groups[name].changes_statistics]
-        if not names or self._equal(names):
-            return False
-        unlike = self._halved(names, self._equal)
+        """Correct other attributes, or pin, where a cut gives other outputs; tell whether one did."""
+        unlike = self._halved(round_)
         for kind in self._classes_with_lengths_of(unlike):
             if self._search(kind, lambda: self._equal(unlike)):
                 return True
         for name in unlike:
-            self._pin(name, "cutting it changes more than zeroing it does")
-        return True
-
-    def _pin_unlike_twins(self, round_: Sequence[str]) -> bool:
-        """Pin groups under a mean or variance that do not give the same without the second of every pair of twins."""
-
-        def apt(group: Group) -> bool:
-            twins = group.units % 2 == 0 and any(member.reads for member in group.members)
-            return group.changes_statistics and twins and group.name not in self.run.ratios
-
-        names = [name for name in round_ if apt(self.groups[name])]
-        unlike = self._halved(names, self._equal_twins)
-        for name in unlike:
-            self._pin(name, "cutting it changes more than a mean and a variance")
+            wanted = "a mean and a variance" if self.groups[name].changes_statistics else "zeroing it does"
+            self._pin(name, f"cutting it changes more than {wanted}")
         return bool(unlike)
-
-    def _equal_twins(self, names: Sequence[str]) -> bool:
-        """Compare a model in which every second unit is a copy that nobody reads with one cut by these."""
-        model, inputs, tolerance = self._exact
-        twins = with_twins(model, self.found, names)
-        removal = {name: torch.arange(1, self.groups[name].units, 2) for name in names}
-        try:
-            return same_outputs(run(cut(twins, self.found, removal), inputs), run(twins, inputs), tolerance)
-        except Exception:  # whatever its own code raises
-            return False
 
     def _classes_with_lengths_of(self, names: Sequence[str]) -> list[str]:
         """Return the classes of modules that may have written down an axis that the groups shorten."""
@@ -215,21 +197,37 @@ class _Settling:
         return next((found for names in self._rounds(among) if (found := self._failure(names)) is not None), None)
 
     def _failure(self, names: Iterable[str]) -> _Failure | None:
-        """Return how a copy without one unit of each group fails to run, None when it runs."""
-        tried = self._try(names)
-        return tried if isinstance(tried, _Failure) else None
-
-    def _try(self, names: Iterable[str]) -> Any:
-        """Return the outputs of a copy without one unit of each group, or how it fails; the last trial is kept."""
+        """Return how a copy without one unit of each group fails to run, None when it runs; the last is remembered."""
         key = (frozenset(names), tuple(self.found.lengths))
         if key not in self.last:
-            compact = cut(self.model, self.found, one_of_each(self.groups[name] for name in sorted(key[0])))
-            stack = follow(compact)
-            try:
-                self.last = {key: run(compact, self.inputs)}
-            except Exception as error:
-                self.last = {key: _Failure(stack[-1] if stack else "", explained(error))}
+            removal = one_of_each(self.groups[name] for name in sorted(key[0]))
+            self.last = {key: None if self._runs_on_meta(removal) else self._tried(removal)}
         return self.last[key]
+
+    def _runs_on_meta(self, removal: Removal) -> bool:
+        """Tell whether a cut runs without values; if it does not, that may be for want of values."""
+        if not self.run.trace.valueless:
+            return False
+        try:
+            run(cut(self.shadow, self.found, removal), on_meta(self.inputs))
+        except Exception:
+            return False
+        return True
+
+    def _tried(self, removal: Removal) -> _Failure | None:
+        """Return how a cut fails to run."""
+        compact = cut(self.model, self.found, removal)
+        stack = follow(compact)
+        try:
+            run(compact, self.inputs)
+        except Exception as error:
+            return _Failure(stack[-1] if stack else "", explained(error))
+        return None
+
+    @cached_property
+    def shadow(self) -> nn.Module:
+        """The model without values."""
+        return meta_copy(self.given)
 
     def _choose_again(self, names: Sequence[str], failure: _Failure) -> bool:
         """Find other meanings of the attributes of the module that failed; tell whether that helped."""
@@ -290,39 +288,42 @@ class _Settling:
             if (self.classes.get(module, ""), attribute, item) == key:
                 self.run.tie([length for i, length in enumerate(lengths) if i in which])
 
-    def _halved(self, names: Sequence[str], equal: Callable[[Sequence[str]], bool]) -> list[str]:
+    def _halved(self, names: Sequence[str]) -> list[str]:
         """Return the groups that are not equal, by halving."""
-        if not names or equal(names):
+        if self._equal(names):
             return []
         if len(names) == 1:
             return list(names)
         half = len(names) // 2
-        return [*self._halved(names[:half], equal), *self._halved(names[half:], equal)]
+        return [*self._halved(names[:half]), *self._halved(names[half:])]
 
-    def _equal(self, names: Sequence[str]) -> bool:
-        """Compare a cut of every other unit with its zeroing."""
-        removal = every_other(self.groups[name] for name in names)
-        model, inputs, tolerance = self._exact
+    def _equal(self, names: Sequence[str], trial: Callable[[nn.Module, Inputs], Trial] = exact) -> bool:
+        """Compare a cut of every other unit with a model that computes as much without being cut."""
+        removal = every_other(self.groups[name] for name in names if self._comparable(self.groups[name]))
+        if not removal:
+            return True
+        if trial not in self.trials:
+            self.trials[trial] = trial(self.model, self.inputs)
+        model, inputs, tolerance = self.trials[trial]
         try:
             compact = run(cut(model, self.found, removal), inputs)
+            whole = run(without(model, self.found, removal), inputs)
+            if same_outputs(compact, whole, tolerance):
+                return True
+            # where a weight is divided by its norm, zero has no direction; almost zero has
+            faint = run(without(model, self.found, removal, FAINT), inputs)
         except Exception:  # whatever its own code raises
             return False
-        masked = run(mask(model, self.found, removal), inputs)
-        if same_outputs(compact, masked, tolerance):
-            return True
-        # where a weight is divided by its norm, zero has no direction; almost zero has
-        faint = run(mask(model, self.found, removal, FAINT), inputs)
-        return not finite(masked) and same_outputs(compact, faint, 1e-3)
+        return not finite(whole) and same_outputs(compact, faint, 1e-3)
+
+    def _comparable(self, group: Group) -> bool:
+        """Tell whether there is something to compare a cut with."""
+        return not group.changes_statistics or (group.name not in self.run.ratios and has_twins(group))
 
     @cached_property
     def model(self) -> nn.Module:
         """The model of the trials."""
         return lively(self.given)
-
-    @cached_property
-    def _exact(self) -> tuple[nn.Module, Inputs, float]:
-        """The model and inputs of comparisons, and their tolerance."""
-        return exact(self.model, self.inputs)
 
     def _pin(self, name: str, reason: str) -> None:
         self.run.pin(name, reason)

@@ -63,16 +63,23 @@ def cut(model: nn.Module, dependencies: Dependencies, removal: Removal) -> nn.Mo
 def mask(model: nn.Module, dependencies: Dependencies, removal: Removal, factor: float = 0.0) -> nn.Module:
     """Return a copy of `model` with the slices of the units in `removal` times `factor`; shapes stay."""
     result = copy.deepcopy(model)
-    found = tensors(result)
+    mask_(result, dependencies, removal, factor)
+    return result
+
+
+def mask_(model: nn.Module, dependencies: Dependencies, removal: Removal, factor: float = 0.0) -> None:
+    """Multiply the slices of the units in `removal` by `factor`."""
+    found = tensors(model)
     for name, units in checked(dependencies, removal).items():
         for member in dependencies[name].members:
             tensor = found[member.tensor]
             if tensor.is_floating_point() or tensor.is_complex():
                 with torch.no_grad():
                     where = member.indices[units].flatten().to(tensor.device)
-                    slices = tensor.index_select(member.dim, where)
-                    tensor.index_copy_(member.dim, where, slices * factor if factor else torch.zeros_like(slices))
-    return result
+                    if factor:
+                        tensor.index_copy_(member.dim, where, tensor.index_select(member.dim, where) * factor)
+                    else:
+                        tensor.index_fill_(member.dim, where, 0)
 
 
 def checked(dependencies: Dependencies, removal: Removal) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -20,27 +21,38 @@ from rarefy.dependencies.operators.reductions import RATIO, STATISTICS
 from rarefy.dependencies.tracing import Size, Trace, tracing, written_lengths
 from rarefy.errors import StageError
 from rarefy.modules.attention import opened
+from rarefy.modules.skeleton import meta_copy
 from rarefy.technique import replace_
 
 Inputs = tuple[Any, ...]
 Parts = tuple[tuple[str, torch.Tensor], ...]
+log = logging.getLogger("rarefy")
 _UNREACHED = "the example inputs do not reach it"
 
 
 def observe(model: nn.Module, inputs: Inputs) -> Observation:
     """Run the model once and return what the run shows; `model` is not changed.
 
-    Raises `StageError` when it does not run on the inputs.
+    The run is one on the meta device, which computes nothing, unless the model or a rule asks for values or a recurrent
+    layer decomposes another way there. Raises `StageError` when the model does not run on the inputs.
     """
-    twin = _copy(model).eval()
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        try:
+            return _observed(meta_copy(model), on_meta(inputs), valueless=True)
+        except Exception as error:  # whatever there is that does not run without values
+            log.debug("not traced without values: %s: %s", type(error).__name__, error)
+    return _observed(_copy(model), fresh(inputs), valueless=False)
+
+
+def _observed(twin: nn.Module, inputs: Inputs, valueless: bool) -> Observation:
     # before the head counts of torch's attention are opened, under the names of the model's own tensors
     names = {id(tensor): name for name, tensor in tensors(twin).items()}
     for module in [m for m in twin.modules() if type(m) is nn.MultiheadAttention]:
         replace_(twin, module, opened(module))
-    trace = Trace(names)
-    with torch.random.fork_rng(devices=[]), tracing(trace, twin):
+    trace = Trace(names, valueless=valueless)
+    with torch.random.fork_rng(devices=[]), tracing(trace, twin.eval()):
         try:
-            out = twin(*fresh(inputs))
+            out = twin(*inputs)
         except Exception as error:
             raise StageError(
                 f"the model does not run on the example inputs: {type(error).__name__}: {error}"
@@ -87,6 +99,12 @@ def fresh(inputs: Inputs) -> Inputs:
     """Return inputs that a model may write into."""
     copied: Inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
     return copied
+
+
+def on_meta(inputs: Inputs) -> Inputs:
+    """Return inputs of the same shapes without values."""
+    moved: Inputs = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    return moved
 
 
 def leaves(value: Any) -> list[Any]:

@@ -79,6 +79,8 @@ class Trace:
 
     names: dict[int, str]
     """Name of each parameter and buffer, by identity."""
+    valueless: bool = False
+    """Whether tensors hold no values; a rule that asks for some then ends the run."""
     algebra: Algebra = field(default_factory=Algebra)
     known: Any = field(default_factory=WeakIdKeyDictionary)
     """Fields of the activations that are alive."""
@@ -123,6 +125,8 @@ class Trace:
 
     def set(self, tensor: torch.Tensor, fields: Fields) -> None:
         """Say in which fields a tensor lies."""
+        if any(f.is_meta for f in fields):
+            raise RuntimeError("where its channels go depends on values")
         self.known[tensor] = fields
 
     def is_state(self, tensor: torch.Tensor) -> bool:
@@ -175,6 +179,8 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             rule(self.trace, call)
         except Exception as error:  # what is not understood is pinned, also where the rule is at fault
+            if self.trace.valueless:
+                raise
             log.warning("the rule for the operator %r failed: %s: %s", call.name, type(error).__name__, error)
             for tensor in call.tensors:
                 self.trace.algebra.pin(self.trace.fields(tensor), f"the rule for the operator {call.name!r} failed")

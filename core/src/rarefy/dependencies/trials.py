@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from rarefy.dependencies.cutting import mask_
 from rarefy.dependencies.finding import Inputs, fresh, leaves
 from rarefy.dependencies.groups import Dependencies, Group, Removal, tensors
 
@@ -41,13 +42,26 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 def _says_nothing(tensor: torch.Tensor) -> bool:
-    with torch.no_grad():
-        first = tensor.flatten()[0]
-        return bool(tensor.abs().max() < _FAINT_SCALE) or (tensor.numel() > 1 and bool((tensor == first).all()))
+    # most tensors show in a few entries that they say something
+    return all(_constant_or_faint(part) for part in (tensor.detach().flatten()[:64], tensor.detach()))
 
 
-def exact(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, float]:
-    """Return a model and inputs in double precision, if it runs so, and the relative difference that is no rounding."""
+def _constant_or_faint(tensor: torch.Tensor) -> bool:
+    first = tensor.flatten()[0]
+    return bool(tensor.abs().max() < _FAINT_SCALE) or (tensor.numel() > 1 and bool((tensor == first).all()))
+
+
+Trial = tuple[nn.Module, Inputs, float]
+"""A model, its inputs, and the difference of outputs, relative to the largest, that is no rounding."""
+
+
+def rough(model: nn.Module, inputs: Inputs) -> Trial:
+    """Return a trial in the model's own precision."""
+    return model, inputs, 1e-5
+
+
+def exact(model: nn.Module, inputs: Inputs) -> Trial:
+    """Return a trial in double precision, if the model runs so."""
     if {t.dtype for t in model.parameters() if t.is_floating_point()} == {torch.float32}:
         double = copy.deepcopy(model).double()
         wide = tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x, inputs)
@@ -57,21 +71,34 @@ def exact(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, float]:
     return model, inputs, 1e-4
 
 
-def with_twins(model: nn.Module, found: Dependencies, names: Sequence[str]) -> nn.Module:
-    """Return a copy in which every second unit of the groups is made like the one before it, and read by nobody.
+def without(model: nn.Module, found: Dependencies, removal: Removal, factor: float = 0.0) -> nn.Module:
+    """Return a copy that computes what `model` does without the units in `removal`, in its shapes.
 
-    A mean or a biased variance over all units is then that over the first of each pair.
+    Their slices are multiplied by `factor`. In groups over which a mean or variance is taken, of which `removal` names
+    every second unit from the first on, they become copies of the unit after each that nobody reads: a mean or biased
+    variance over all units is then that over the ones that stay.
     """
     result = copy.deepcopy(model)
-    state = tensors(result)
+    twins = [name for name in removal if found[name].changes_statistics]
+    _make_twins_(result, found, twins)
+    mask_(result, found, {name: units for name, units in removal.items() if name not in twins}, factor)
+    return result
+
+
+def _make_twins_(model: nn.Module, found: Dependencies, names: Sequence[str]) -> None:
+    state = tensors(model)
     for name in names:
         for member in found[name].members:
             tensor = state[member.tensor]
-            first, second = (member.indices[i::2].flatten() for i in (0, 1))
+            gone, stays = (member.indices[i::2].flatten() for i in (0, 1))
             with torch.no_grad():
-                values = tensor.index_select(member.dim, first)
-                tensor.index_copy_(member.dim, second, torch.zeros_like(values) if member.reads else values)
-    return result
+                values = tensor.index_select(member.dim, stays)
+                tensor.index_copy_(member.dim, gone, torch.zeros_like(values) if member.reads else values)
+
+
+def has_twins(group: Group) -> bool:
+    """Tell whether the units of a group can be made equal in pairs of which one is not read."""
+    return group.units % 2 == 0 and any(member.reads for member in group.members)
 
 
 def one_of_each(groups: Iterable[Group]) -> Removal:
