@@ -139,7 +139,8 @@ TIMM = """
     swinv2_tiny_window8_256:64 swinv2_cr_tiny_224:64 tiny_vit_5m_224:64 tnt_s_legacy_patch16_224:64 tresnet_m:64
     twins_svt_small:64 vgg11:64 visformer_tiny:64 vit_tiny_patch16_224:64 flexivit_small:64 vit_tiny_r_s16_p8_224:64
     vit_srelpos_small_patch16_224:64 samvit_base_patch16_224:64 vitamin_small_224:64 volo_d1_224:64
-    ese_vovnet19b_slim_dw:64 nasnetalarge:96 pnasnet5large:96 vovnet39a:64 eca_vovnet39b:64 legacy_xception:64 xception41p:64 xcit_nano_12_p8_224:64
+    nasnetalarge:96 pnasnet5large:96 ese_vovnet19b_slim_dw:64 vovnet39a:64 eca_vovnet39b:64 legacy_xception:64
+    xception41p:64 xcit_nano_12_p8_224:64
 """
 
 

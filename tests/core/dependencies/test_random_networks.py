@@ -103,13 +103,9 @@ def divisors(wide: int) -> list[int]:
     return [n for n in range(1, wide + 1) if wide % n == 0]
 
 
-def layer(draw: Draw, wide: int, depth: int, numbered: bool) -> tuple[nn.Module, int]:
-    """Draw a module on images with `wide` channels, and the number of channels it gives.
-
-    Either code has numbers of channels in it or norms take statistics over channels: both is not checked yet.
-    """
-    kinds = ["convolution", "grouped", "depthwise", "norm", "squeeze", "gate", "act", "transposed"]
-    kinds += ["swap", "shuffle"] if numbered else []
+def layer(draw: Draw, wide: int, depth: int) -> tuple[nn.Module, int]:
+    """Draw a module on images with `wide` channels, and the number of channels it gives."""
+    kinds = ["convolution", "grouped", "depthwise", "norm", "squeeze", "gate", "act", "transposed", "swap", "shuffle"]
     kind = draw(st.sampled_from(kinds + (["residual", "branches", "concat"] if depth else [])))
     if kind == "convolution":
         after = draw(WIDTHS)
@@ -123,8 +119,7 @@ def layer(draw: Draw, wide: int, depth: int, numbered: bool) -> tuple[nn.Module,
     if kind == "depthwise":
         return nn.Conv2d(wide, wide, 3, padding=1, groups=wide), wide
     if kind == "norm":
-        groups = draw(st.sampled_from(divisors(wide)))
-        return nn.BatchNorm2d(wide) if numbered else nn.GroupNorm(groups, wide), wide
+        return draw(st.sampled_from([nn.BatchNorm2d(wide), *(nn.GroupNorm(n, wide) for n in divisors(wide))])), wide
     if kind in ("swap", "shuffle"):
         return Function((swapped if kind == "swap" else shuffled)(draw(st.sampled_from(divisors(wide))))), wide
     if kind == "squeeze":
@@ -132,10 +127,10 @@ def layer(draw: Draw, wide: int, depth: int, numbered: bool) -> tuple[nn.Module,
     if kind == "gate" and wide % 2 == 0 and wide > 4:
         return Function(lambda x: F.glu(x, 1)), wide // 2
     if kind == "residual":
-        body, after = chain(draw, wide, depth - 1, numbered)
+        body, after = chain(draw, wide, depth - 1)
         return Branches([nn.Identity() if after == wide else nn.Conv2d(wide, after, 1), body], "sum"), after
     if kind in ("branches", "concat"):
-        parts = [chain(draw, wide, depth - 1, numbered) for _ in range(draw(st.integers(2, 3)))]
+        parts = [chain(draw, wide, depth - 1) for _ in range(draw(st.integers(2, 3)))]
         if kind == "concat":
             return Branches([part for part, _ in parts], "concat"), sum(after for _, after in parts)
         after = draw(WIDTHS)
@@ -143,10 +138,10 @@ def layer(draw: Draw, wide: int, depth: int, numbered: bool) -> tuple[nn.Module,
     return draw(st.sampled_from([nn.ReLU(), nn.SiLU(), nn.PReLU(wide)])), wide
 
 
-def chain(draw: Draw, wide: int, depth: int, numbered: bool) -> tuple[nn.Sequential, int]:
+def chain(draw: Draw, wide: int, depth: int) -> tuple[nn.Sequential, int]:
     parts = []
     for _ in range(draw(st.integers(1, 3))):
-        part, wide = layer(draw, wide, depth, numbered)
+        part, wide = layer(draw, wide, depth)
         parts.append(part)
     return nn.Sequential(*parts), wide
 
@@ -155,7 +150,7 @@ def chain(draw: Draw, wide: int, depth: int, numbered: bool) -> tuple[nn.Sequent
 def image_networks(draw: Draw) -> nn.Module:
     """Draw a network from images to numbers."""
     first = draw(WIDTHS)
-    body, wide = chain(draw, first, 2, draw(st.booleans()))
+    body, wide = chain(draw, first, 2)
     parts: list[nn.Module] = [nn.Conv2d(3, first, 1), body]
     if draw(st.booleans()):
         return nn.Sequential(*parts, nn.Flatten(), nn.Linear(wide * 16, 3))
@@ -180,35 +175,36 @@ def token_networks(draw: Draw) -> nn.Module:
     return nn.Sequential(nn.Linear(6, wide), *blocks, nn.LayerNorm(wide), nn.Linear(wide, 3))
 
 
-def check_images(model: nn.Module, oracle: Any) -> None:
-    oracle(model, IMAGES, coarser=True)
-
-
-def check_tokens(model: nn.Module, oracle: Any) -> None:
-    oracle(model, TOKENS, coarser=True)
+def muddled(model: nn.Module) -> bool:
+    """Tell whether a number of heads is one of places too, so that an attribute may mean either."""
+    return any(
+        {part.heads, part.groups} & {n // k for n, k in zip(part.parts, (part.heads, part.groups, part.groups))}
+        for part in model.modules()
+        if isinstance(part, Heads)
+    )
 
 
 @checked(10)
 @given(model=image_networks())
 def test_networks_on_images(model: nn.Module, oracle: Any) -> None:
-    check_images(model, oracle)
+    oracle(model, IMAGES)
 
 
 @checked(4)
 @given(model=token_networks())
 def test_networks_on_tokens(model: nn.Module, oracle: Any) -> None:
-    check_tokens(model, oracle)
+    oracle(model, TOKENS, coarser=muddled)
 
 
 @pytest.mark.slow
 @checked(150)
 @given(model=image_networks())
 def test_many_networks_on_images(model: nn.Module, oracle: Any) -> None:
-    check_images(model, oracle)
+    oracle(model, IMAGES)
 
 
 @pytest.mark.slow
 @checked(60)
 @given(model=token_networks())
 def test_many_networks_on_tokens(model: nn.Module, oracle: Any) -> None:
-    check_tokens(model, oracle)
+    oracle(model, TOKENS, coarser=muddled)
