@@ -177,11 +177,11 @@ def token_networks(draw: Draw) -> nn.Module:
 
 def muddled(model: nn.Module) -> bool:
     """Tell whether a number of heads is one of places too, so that an attribute may mean either."""
-    return any(
-        {part.heads, part.groups} & {n // k for n, k in zip(part.parts, (part.heads, part.groups, part.groups))}
-        for part in model.modules()
-        if isinstance(part, Heads)
-    )
+
+    def places(part: Heads) -> set[int]:
+        return {n // heads for n, heads in zip(part.parts, (part.heads, part.groups, part.groups), strict=True)}
+
+    return any({part.heads, part.groups} & places(part) for part in model.modules() if isinstance(part, Heads))
 
 
 @checked(10)
