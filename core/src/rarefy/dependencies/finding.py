@@ -305,10 +305,12 @@ def _with_overlap(groups: tuple[Group, ...]) -> Iterator[Group]:
     users: dict[tuple[str, int], list[tuple[int, Ids]]] = defaultdict(list)
     for number, group in enumerate(groups):
         for member in group.members:
-            users[member.tensor, member.dim].append((number, np.unique(member.indices.numpy())))
+            users[member.tensor, member.dim].append((number, member.indices.numpy()))
     crossing: set[int] = set()
     for sharers in users.values():
-        shared = np.bincount(np.concatenate([positions for _, positions in sharers])) > 1
-        crossing |= {number for number, positions in sharers if shared[positions].any()}
+        if len(sharers) > 1:
+            met = [(number, np.unique(positions)) for number, positions in sharers]
+            shared = np.bincount(np.concatenate([positions for _, positions in met])) > 1
+            crossing |= {number for number, positions in met if shared[positions].any()}
     for number, group in enumerate(groups):
         yield replace(group, overlaps=number in crossing)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 _MOST_PARTS = 6
+_FIRST, _GROWTH = 2**15, 4  # networks have tens of thousands of channels, and each growth copies all labels
 
 
 class Labels:
@@ -20,8 +21,8 @@ class Labels:
 
     def __init__(self) -> None:
         self._count = 0
-        self._parent: Ids = np.arange(1024)
-        self._parts: Ids = np.full((1024, _MOST_PARTS), -1)
+        self._parent: Ids = np.arange(_FIRST)
+        self._parts: Ids = np.full((_FIRST, _MOST_PARTS), -1)
         self._pins: list[tuple[Ids, str]] = []
         self._marks: dict[str, list[Ids]] = {}
 
@@ -34,10 +35,9 @@ class Labels:
         """Return `count` new labels."""
         start, self._count = self._count, self._count + count
         while self._count > len(self._parent):
-            grown = np.arange(2 * len(self._parent))
-            grown[: len(self._parent)] = self._parent
-            self._parts = np.concatenate([self._parts, np.full_like(self._parts, -1)])
-            self._parent = grown
+            old = len(self._parent)
+            self._parent = np.concatenate([self._parent, np.arange(old, _GROWTH * old)])
+            self._parts = np.concatenate([self._parts, np.full(((_GROWTH - 1) * old, _MOST_PARTS), -1)])
         return np.arange(start, self._count)
 
     def find(self, ids: Ids) -> Ids:
@@ -106,10 +106,11 @@ class Labels:
         """Return equivalent label arrays without those that all have parts."""
         found: list[Ids] = []
         for ids in sets:
-            parts = self._parts[self.find(ids)]
-            if (parts[..., 0] < 0).any():
+            roots = self.find(ids)
+            if (self._parts[roots, 0] < 0).any():
                 found.append(ids)
                 continue
+            parts = self._parts[roots]
             counts = np.unique((parts >= 0).sum(-1))
             if len(counts) == 1:
                 found += self.leaves([parts[..., i] for i in range(counts[0])])

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from rarefy.dependencies.labels import Ids
 
 # attributes of torch's own layers that nothing but the run tells when the layer has no tensors
 _WITHOUT_TENSORS = frozenset(["num_features", "normalized_shape", "num_channels"])
+_BATCH_NORM = torch.ops.aten.native_batch_norm.default
 log = logging.getLogger("rarefy")
 
 NUMBERED = "code picks it by its number"
@@ -59,12 +61,12 @@ class Call:
         """Return an argument by its name in the operator's schema."""
         return self.arguments[name]
 
-    @property
+    @cached_property
     def tensors(self) -> list[torch.Tensor]:
         """All tensors among the arguments."""
         return [leaf for leaf in tree_leaves(list(self.arguments.values())) if isinstance(leaf, torch.Tensor)]
 
-    @property
+    @cached_property
     def outputs(self) -> list[torch.Tensor]:
         """All tensors that came out."""
         return [leaf for leaf in tree_leaves(self.out) if isinstance(leaf, torch.Tensor)]
@@ -172,7 +174,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         in_place = func._schema.name.endswith("_")
         shapes = {id(t): t.shape for t in args if isinstance(t, torch.Tensor)} if in_place else {}
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
         call = _call(func, args, kwargs or {}, out, shapes)
         self.trace.pin_numbers(call.tensors)
         rule = rule_of(call)
@@ -190,6 +192,12 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in (*call.tensors, *call.outputs):
             self.trace.note(tensor)
         return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.trace.valueless and func is _BATCH_NORM and not args[5]:
+            # without values torch goes through many operators in Python, which takes half of a run
+            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+        return func(*args, **kwargs)
 
 
 def _call(func: Any, args: Any, kwargs: Any, out: Any, shapes: Mapping[int, torch.Size]) -> Call:
