@@ -14,6 +14,7 @@ MODULES = (
     "spine",
     "pruning.coverage",
     "pruning.versus_torch_pruning",
+    "pruning.reconstruction",
     "pruning.accuracy",
     "pruning.deep_compression",
     "pruning.widths",

@@ -46,6 +46,8 @@ CRITERIA: dict[str, Callable[[dict[str, Any]], Any]] = {
     "l2 alike": lambda goal: channels.ChannelL2Config(scope="alike", **goal),
     "fisher global": lambda goal: channels.ChannelFisherConfig(scope="global", **goal),
     "fisher": lambda goal: channels.ChannelFisherConfig(**goal),
+    "l1 reconstructed": lambda goal: channels.ChannelL1Config(reconstruct=True, **goal),
+    "fisher global reconstructed": lambda goal: channels.ChannelFisherConfig(scope="global", reconstruct=True, **goal),
 }
 THEIRS = {"uniform": {"global_pruning": False}, "global": {"global_pruning": True}}
 
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 3.0])
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), help="those to choose among")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -199,7 +202,7 @@ def main() -> None:
 
     first = chosen.seeds[0]
     for ratio in chosen.ratios:
-        ranked = [("rarefy", name, "teacher") for name in CRITERIA] + [("rarefy", "l1", "labels")]
+        ranked = [("rarefy", name, "teacher") for name in chosen.criteria]
         mine = max(ranked, key=lambda entry: run(*entry, ratio, first)["validation"])
         other = max(
             [("torch-pruning", kind, "labels") for kind in THEIRS],

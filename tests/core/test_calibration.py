@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rarefy.calibration import stream_inputs
+from rarefy.calibration import stream_inputs, stream_together
 from rarefy.errors import StageError
 from torch import nn
 
@@ -131,3 +131,44 @@ def test_something_else_than_a_tensor_is_an_error_and_leaves_no_hooks() -> None:
 def test_the_models_own_error_passes() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         collect(chain(), ["0"], [(torch.randn(2, 9),)])
+
+
+class Twice(nn.Module):
+    """Calls a layer twice, and writes into its input and its output afterwards."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        y = self.layer(x)
+        x += 1
+        y.relu_()
+        return self.layer(input=x) + y
+
+
+class TestSeveralModels:
+    def test_calls_come_in_pairs_as_they_were(self) -> None:
+        one, other = Twice(nn.Linear(5, 5)), Twice(nn.Linear(5, 3))
+        passed = list(stream_together((one, other), batches(), "layer"))
+        assert len(passed) == 6
+        for (x,), first, second in zip(batches(), passed[::2], passed[1::2], strict=True):
+            for model, (given, gave), (given_then, gave_then) in zip((one, other), first, second, strict=True):
+                assert torch.equal(given, x)
+                assert torch.equal(given_then, x + 1)
+                torch.testing.assert_close(gave, model.layer(x))
+                torch.testing.assert_close(gave_then, model.layer(x + 1))
+
+    def test_the_models_run_no_further_than_the_layer_after_the_first_batch(self) -> None:
+        models = chain(), chain()
+        assert len(list(stream_together(models, batches(4), "3"))) == 4
+        assert [model[4].count for model in models] == [1, 1]
+        assert all(model.training and not model[3]._forward_hooks for model in models)
+
+    def test_a_layer_that_is_not_reached_gives_nothing(self) -> None:
+        model = chain()
+        model.other = nn.Identity()
+        model.add_module("bypassed", nn.Linear(2, 2))
+        model.forward = lambda x: x  # type: ignore[method-assign]
+        assert list(stream_together((model, model), batches(), "bypassed")) == []

@@ -19,7 +19,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"amount": 0.6, "form": "exponential", "schedule": "cubic", "finetune": {}},
     ],
     **{
-        f"pruning/channel-{criterion}": [{"amount": 0.4, "round_to": 1}, {"amount": 0.4, "finetune": {}}]
+        f"pruning/channel-{criterion}": [
+            {"amount": 0.4, "round_to": 1},
+            {"amount": 0.4, "reconstruct": True, "finetune": {}},
+        ]
         for criterion in ("activation", "batch-norm", "fisher", "geometric-median", "l1", "l2", "random", "taylor")
     },
     "pruning/group-lasso": [

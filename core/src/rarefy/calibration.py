@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,52 @@ def stream_inputs(
     return calls
 
 
+Passed = tuple[torch.Tensor, torch.Tensor]
+"""What one call of a layer was given, and what it gave."""
+
+
+def stream_together(
+    models: Sequence[nn.Module],
+    batches: Iterable[tuple[Any, ...]],
+    name: str,
+    description: str = "calibrating",
+    total: int | None = None,
+) -> Iterator[tuple[Passed, ...]]:
+    """Yield what the layer `name` of each of several models is given and gives, call by call, over the same batches.
+
+    The models run as those of `stream_inputs` do, each to the layer only once it is known to be called once per batch.
+    Nothing is yielded where the layer of a model is not reached.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation(*models))
+        stack.enter_context(_without_fast_path())
+        taps = [_Tap(name) for _ in models]
+        for model, tap in zip(models, taps, strict=True):
+            hook = model.get_submodule(name).register_forward_hook(tap.after, with_kwargs=True)
+            stack.callback(hook.remove)
+        for batch in track(batches, description, total):
+            for model, tap in zip(models, taps, strict=True):
+                tap.calls.clear()
+                with contextlib.suppress(_Reached), torch.no_grad():
+                    model(*move(batch, device_of(model)))
+                tap.stop = len(tap.calls) == 1
+            yield from zip(*(tap.calls for tap in taps), strict=False)
+
+
+class _Tap:
+    """Keeps what a layer was given and gave during one forward pass."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.stop = name, False
+        self.calls: list[Passed] = []
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> None:
+        """Keep a call, as copies, since later code may write into either; end the pass when this is the last one."""
+        self.calls.append((_given(self.name, args, kwargs).clone(), out.clone()))
+        if self.stop:
+            raise _Reached
+
+
 class _Watch:
     """Counts the calls of the layers during one forward pass."""
 
@@ -81,18 +127,22 @@ class _Watch:
         """Return the hook of the layer `name`."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else kwargs.get("input")
-            if not isinstance(given, torch.Tensor):
-                raise StageError(
-                    f"the layer {name!r} is called with {type(given).__name__} instead of a tensor; exclude it with "
-                    "`targets.exclude`"
-                )
-            self.visits[name](given)
+            self.visits[name](_given(name, args, kwargs))
             self.calls[name] = self.calls.get(name, 0) + 1
             if self.stop and len(self.calls) == len(self.visits):
                 raise _Reached
 
         return before
+
+
+def _given(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    given = args[0] if args else kwargs.get("input")
+    if not isinstance(given, torch.Tensor):
+        raise StageError(
+            f"the layer {name!r} is called with {type(given).__name__} instead of a tensor; exclude it with "
+            "`targets.exclude`"
+        )
+    return given
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ So the rows are independent problems that share the H of their group, and H does
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -58,6 +59,19 @@ def unfold(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return x.reshape(layer.groups, -1, columns(layer))
 
 
+def vectors(layer: nn.Module, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the vectors of `unfold` a few samples at a time, as it multiplies the input by the size of the kernel."""
+    kernel = getattr(layer, "kernel_size", ())
+    parts: tuple[torch.Tensor, ...] = (inputs,)
+    if kernel and inputs.dim() == len(kernel) + 2:
+        one = inputs[:1].numel() * math.prod(kernel)
+        parts = torch.split(inputs, max(1, _WORKSPACE // max(1, one)))
+    for part in parts:
+        x = unfold(layer, part)
+        if x.shape[1]:
+            yield x
+
+
 class InputHessian:
     """Accumulates H = 2/N sum x x^T of one layer over the inputs it is shown, in memory of one H."""
 
@@ -73,10 +87,7 @@ class InputHessian:
     @torch.no_grad()
     def update(self, inputs: torch.Tensor, user: nn.Module | None = None) -> None:
         """Take in one input of the layer, with any number of samples; or of `user`, a layer that shares its weight."""
-        for part in self._parts(inputs):
-            x = unfold(user or self.layer, part.to(self.mean))
-            if x.shape[1] == 0:
-                continue
+        for x in vectors(user or self.layer, inputs.to(self.mean)):
             self.seen += x.shape[1]
             share = x.shape[1] / self.seen
             self.mean.baddbmm_(x.mT, x, beta=1 - share, alpha=2 / self.seen)
@@ -110,14 +121,6 @@ class InputHessian:
         """Return the squared error of the outputs, mean over the vectors, that a change of the rows causes."""
         change = change.to(self.mean)
         return 0.5 * float(torch.einsum("gri,gij,grj->", change, self.value, change))
-
-    def _parts(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Split the samples of a convolution's input, as unfolding multiplies it by the size of the kernel."""
-        kernel = getattr(self.layer, "kernel_size", ())
-        if inputs.dim() < len(kernel) + 2 or not kernel:
-            return (inputs,)
-        one = inputs[:1].numel() * math.prod(kernel)
-        return torch.split(inputs, max(1, _WORKSPACE // max(1, one)))
 
 
 def inverse(hessian: torch.Tensor, name: str = "a layer") -> torch.Tensor:

@@ -369,7 +369,7 @@ class Pipeline:
                     "none; use an objective that learns from the original model, or give the task labels"
                 )
         for i, step in enumerate(self.recipe.steps):
-            if step.traits.data == "labelled":
+            if step.needed_data() == "labelled":
                 raise RecipeError(f"steps.{i}: {step.registered_name()!r} needs labels and the task has none")
 
 

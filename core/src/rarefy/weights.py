@@ -59,6 +59,11 @@ def layer_weights(model: nn.Module, config: TechniqueConfig) -> tuple[list[Layer
     return weights, skipped
 
 
+def holders(model: nn.Module, parameter: nn.Parameter) -> list[str]:
+    """Return the names of the modules that hold a parameter."""
+    return [name for name, m in model.named_modules() if any(p is parameter for p in m.parameters(recurse=False))]
+
+
 def per_layer(names: Sequence[str], values: Mapping[str, V], default: V) -> dict[str, V]:
     """Return the value of each layer: that of the first pattern of `values` that matches its name, or `default`.
 

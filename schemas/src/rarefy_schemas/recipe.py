@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from rarefy_schemas.base import Json, Noun, Schema
 from rarefy_schemas.targets import Targets
 from rarefy_schemas.training import Finetune
-from rarefy_schemas.traits import Traits
+from rarefy_schemas.traits import DataNeed, Traits
 
 
 class TechniqueConfig(Noun):
@@ -27,6 +27,10 @@ class TechniqueConfig(Noun):
     """Fine-tuning after the transformation; none when absent."""
     allow_unchanged: bool = False
     """Accept that the step changes nothing; otherwise that is an error."""
+
+    def needed_data(self) -> DataNeed:
+        """Return the data that the technique needs with these options."""
+        return self.traits.data
 
     def parts(self) -> Sequence[TechniqueConfig]:
         """Return the steps this one stands for: itself, or several when it is done in rounds."""

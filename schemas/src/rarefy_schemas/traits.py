@@ -6,12 +6,14 @@ from typing import Literal
 
 from rarefy_schemas.base import Schema
 
+DataNeed = Literal["none", "unlabelled", "labelled", "teacher"]
+
 
 class Traits(Schema):
     """Capabilities of a technique."""
 
-    data: Literal["none", "unlabelled", "labelled", "teacher"] = "none"
-    """Data the technique itself needs, fine-tuning aside."""
+    data: DataNeed = "none"
+    """Data the technique itself needs with its default options, fine-tuning aside."""
     start: Literal["pretrained", "scratch", "either"] = "pretrained"
     """Whether it starts from trained weights."""
     layers: tuple[str, ...] = ("Linear", "Conv1d", "Conv2d", "Conv3d")

@@ -18,7 +18,7 @@ class TraitRules(Compressing):
 
     def test_it_needs_no_more_data_than_declared(self) -> None:
         """Check the trait `data`."""
-        guarded = cast(Task, GuardedTask(self.task(), self.config.traits.data))
+        guarded = cast(Task, GuardedTask(self.task(), self.config.needed_data()))
         technique, model = self._technique(), self.model()
         technique.transform(copy.deepcopy(model), technique.analyze(model, guarded), guarded)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from rarefy_schemas import TechniqueConfig, Traits
+from rarefy_schemas import DataNeed, TechniqueConfig, Traits
 from rarefy_schemas.base import Schema
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -58,6 +58,12 @@ class ChannelPruning(TechniqueConfig):
     """Where heads or convolution groups can go whole or lose equal places inside each: which of the two."""
     statistics: bool = True
     """Whether groups are cut over which a mean, a variance or a scale is taken, as the width of a transformer."""
+    reconstruct: bool = False
+    """Whether the layers that lose inputs are fitted to the outputs that they had, by least squares on unlabelled data
+    (He et al. 2017, ThiNet): most of the accuracy is there again before any fine-tuning, which then wants a learning
+    rate low enough to keep it."""
+    reconstruct_batches: int = Field(default=16, ge=1)
+    """Calibration batches that `reconstruct` looks at."""
     rounds: int = Field(default=1, ge=1)
     """Number of times the step is done, each followed by its fine-tuning; together they remove what is asked for."""
 
@@ -70,6 +76,11 @@ class ChannelPruning(TechniqueConfig):
         if self.rounds > 1 and self.finetune is None:
             raise ValueError("`rounds` fine-tunes between cuts: give `finetune`, or leave it at 1")
         return self
+
+    def needed_data(self) -> DataNeed:
+        """Return what the criterion needs, and more where other options look at data."""
+        own = super().needed_data()
+        return "unlabelled" if own == "none" and (self.reconstruct or self.scope == "sensitivity") else own
 
     def parts(self) -> Sequence[TechniqueConfig]:
         """Return one step per round; what is left after each is the same share of what was there."""

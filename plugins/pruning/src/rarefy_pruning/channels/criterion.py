@@ -18,6 +18,7 @@ from torch import nn
 
 from rarefy_pruning.channels.choice import Choice, Figures
 from rarefy_pruning.channels.config import ChannelPruning
+from rarefy_pruning.channels.reconstruction import reconstruct_
 from rarefy_pruning.channels.units import Units, units_of
 
 ConfigT = TypeVar("ConfigT", bound=ChannelPruning)
@@ -60,9 +61,15 @@ class ChannelCriterion(Technique[ConfigT]):
         return Analysis(tuple(layers), tuple(skipped), ChannelPlan(found, removal))
 
     def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
-        """Cut the chosen units."""
+        """Cut the chosen units, and fit what read them when that is asked for."""
         plan: ChannelPlan = analysis.plan
-        return cut(model, plan.dependencies, plan.removal)
+        compact = cut(model, plan.dependencies, plan.removal)
+        if self.config.reconstruct and plan.removal:
+            losses = reconstruct_(
+                compact, model, plan.dependencies, plan.removal, task, self.config.reconstruct_batches
+            )
+            self.notes += [_told(losses)]
+        return compact
 
     def _eligible(self, model: nn.Module, found: Dependencies) -> tuple[list[Group], list[SkippedLayer]]:
         """Return the groups to score, and why the others are left alone."""
@@ -129,6 +136,13 @@ def _missed(model: nn.Module, group: Group, config: ChannelPruning) -> str | Non
         if not config.targets.matches(layer, type(units.owners[member.tensor]).__name__):
             return layer
     return None
+
+
+def _told(losses: Mapping[str, float]) -> str:
+    if not losses:
+        return "nothing was reconstructed: no linear layer or ungrouped convolution that the data reaches lost inputs"
+    worst = max(losses, key=lambda name: losses[name])
+    return f"{len(losses)} layers reconstructed; the largest loss is {losses[worst]:.1%} of the outputs of {worst!r}"
 
 
 def _kind(model: nn.Module, group: Group) -> str:

@@ -14,7 +14,7 @@ from rarefy.progress import track
 from rarefy.rules import KeepZeros
 from rarefy.task import Task
 from rarefy.technique import Analysis, Technique, TrainingRule
-from rarefy.weights import LayerWeight, layer_weights, per_layer
+from rarefy.weights import LayerWeight, holders, layer_weights, per_layer
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
@@ -88,7 +88,7 @@ class Layerwise(Technique[ConfigT]):
 
     def _places(self, model: nn.Module, weights: list[LayerWeight], task: Task) -> dict[str, int]:
         """Return when the first batch reaches each weight, by any of its layers; absent where it does not."""
-        users = {weight.name: _users(model, weight.parameter) for weight in weights}
+        users = {weight.name: holders(model, weight.parameter) for weight in weights}
         visits: dict[str, Visit] = {name: lambda _: None for names in users.values() for name in names}
         batch = task.calibration(self.config.batch_size, 1)
         calls = list(stream_inputs(model, batch, visits, "finding the layers that are reached", 1))
@@ -98,7 +98,7 @@ class Layerwise(Technique[ConfigT]):
     def _why_not(self, model: nn.Module, weight: LayerWeight, zeros: int | None, reached: bool) -> str | None:
         """Return why a weight is left alone, or None."""
         inputs, have = columns(weight.layer), int((weight.parameter == 0).sum())
-        others = [name for name in _users(model, weight.parameter) if not _alike(model, weight.name, name)]
+        others = [name for name in holders(model, weight.parameter) if not _alike(model, weight.name, name)]
         if zeros is None:
             return "no pattern of `per_layer` matches it and no `amount` is given"
         if others:
@@ -117,16 +117,11 @@ class Layerwise(Technique[ConfigT]):
         # torch computes in double precision everywhere but on Apple's devices
         dtype = torch.float32 if layer.weight.device.type == "mps" else self.dtype
         hessian = InputHessian(layer, name, dtype)
-        users = _users(model, layer.weight)
+        users = holders(model, layer.weight)
         visits: dict[str, Visit] = {user: partial(hessian.update, user=model.get_submodule(user)) for user in users}
         batches = task.calibration(self.config.batch_size, self.config.batches)
         stream_inputs(model, batches, visits, f"calibrating {name}", self.config.batches)
         return hessian
-
-
-def _users(model: nn.Module, parameter: nn.Parameter) -> list[str]:
-    """Return the names of the modules that hold a parameter."""
-    return [name for name, m in model.named_modules() if any(p is parameter for p in m.parameters(recurse=False))]
 
 
 def _alike(model: nn.Module, one: str, other: str) -> bool:
