@@ -118,7 +118,7 @@ TIMM = """
     convit_tiny:64 convmixer_768_32:64 convnext_zepto_rms:64 convnextv2_atto:64 cpubone_nano:64 crossvit_tiny_240:240
     csatv2:64 cs3darknet_focus_s:64 darknet17:64 cspresnext50:64 sedarknet21:64 cspresnet50:64 cspdarknet53:64
     darknetaa53:64 cspnext_tiny:64 davit_tiny:64 deepseek_vit_412m:224 deit_tiny_patch16_224:64 densenet121:64
-    densenetblur121d:64 dla46x_c:64 dpn48b:64 edgenext_xx_small:64 efficientformer_l1:224 efficientformerv2_s0:128
+    densenetblur121d:64 dla46x_c:64 dpn48b:64 edgenext_xx_small:64 efficientformer_l1:224 efficientformerv2_s0:224
     mobilenetv2_035:64 mnasnet_small:64 tinynet_e:64 semnasnet_050:64 mobilenet_edgetpu_100:64 mixnet_s:64
     spnasnet_100:64 efficientnet_lite0:64 fbnetc_100:64 efficientnetv2_rw_t:64 gc_efficientnetv2_rw_t:64
     efficientvim_m1:64 efficientvit_b0:64 efficientvit_m0:64 vit_tiny_patch16_dinov3_qkvb:64 eva02_tiny_patch14_224:64

@@ -208,7 +208,7 @@ def main() -> None:
     )
     parser.add_argument("libraries", nargs="*", metavar="library", help=", ".join(LIBRARIES))
     parser.add_argument("--only", default="", help="regular expression that a model's name must match")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds of processor time a model may take")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds of processor time a model may take")
     parser.add_argument("--self-check", action="store_true", help="check the oracle itself")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     options = parser.parse_args()
