@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -74,3 +76,31 @@ def test_code_that_asks_for_values_gets_them(kind: type[Plain], oracle: Any) -> 
     assert not observe(model, (X,)).trace.valueless
     assert not any(tensor.is_meta for tensor in (*model.state_dict().values(), getattr(model, "table", X)))
     assert oracle(model, X)["a"].pinned == WITH_VALUES[kind]
+
+
+PICKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "index": lambda table, places: table[:, places],
+    "index_select": lambda table, places: table.index_select(1, places.flatten()).view(6, 2, 2),
+    "gather": lambda table, places: table.gather(1, places.view(1, 4).expand(6, 4)).view(6, 2, 2),
+}
+
+
+class Picking(Plain):
+    """A buffer says which columns of a table are taken."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.table = name, nn.Parameter(torch.randn(6, 4))
+        self.register_buffer("places", torch.tensor([[3, 0], [1, 2]]))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x + PICKS[self.name](self.table, self.places).sum((1, 2))
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_places_without_values_are_not_read(name: str, oracle: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "rarefy")
+    model = Picking(name)
+    assert not observe(model, (X,)).trace.valueless
+    assert "where its channels go depends on values" in caplog.text
+    assert {member.tensor for member in oracle(model, X)["a"].members} >= {"a.weight", "table", "b.weight"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ def move(trace: Trace, call: Call) -> None:
         ]
         return call.operator(*positional, **arguments)
 
+    if trace.fields(source):
+        _ask_for_values(value for name, value in call.arguments.items() if name != first)
     shape = call.shape(source)
     fields = [field.expand([n or 1 for n in shape]) for field in trace.fields(source)]
     results = [again(field) for field in fields]
@@ -38,6 +41,12 @@ def move(trace: Trace, call: Call) -> None:
             gone = {d for d, n in enumerate(out.shape) if n == 0}
             parts = [field for field in trace.fields(source) if not axes(field) & gone]
         trace.set(out, [f for part in parts if axes(f := compress(part))])
+
+
+def _ask_for_values(arguments: Iterable[Any]) -> None:
+    """Raise when places are chosen by a tensor without values; torch would read labels from anywhere in memory."""
+    if any(isinstance(argument, torch.Tensor) and argument.is_meta for argument in arguments):
+        raise RuntimeError("where its channels go depends on values")
 
 
 def same(trace: Trace, call: Call) -> None:
@@ -238,6 +247,8 @@ def index(trace: Trace, call: Call) -> None:
         chosen |= set(range(d, d + width)) if tensor is not None else set()
         d += width
     fields = []
+    if trace.fields(source):
+        _ask_for_values(indices)
     one_each = [i if i is None or call.outputs[0].numel() else _first_of(i) for i in indices]
     for field in trace.fields(source):
         if chosen & axes(field):
