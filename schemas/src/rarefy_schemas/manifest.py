@@ -11,6 +11,7 @@ from rarefy_schemas.recipe import ModelReference
 
 ARTIFACT_VERSION = 1
 
+Coding = Literal["raw", "codebook", "steps"]
 Size = Annotated[int, Field(ge=0, le=2**48)]
 
 
@@ -48,8 +49,9 @@ class TensorEntry(Schema):
     name: str
     dtype: Literal["float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
     shape: tuple[Size, ...]
-    coding: Literal["raw", "codebook"]
-    """`raw`: little-endian values; `codebook`: distinct values once, then range-coded codes."""
+    coding: Coding
+    """`raw`: little-endian values; `codebook`: distinct values once, then range-coded codes; `steps`: a step for each
+    row, group or the whole, then range-coded multiples."""
     length: Size
     """Bytes of its part."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rarefy_schemas import ARTIFACT_VERSION, Manifest, ModelSpec, TensorEntry
+from rarefy_schemas import ARTIFACT_VERSION, Coding, Manifest, ModelSpec, TensorEntry
 from torch import nn
 
 from rarefy import __version__
-from rarefy.artifact import codebook
+from rarefy.artifact import codebook, steps
 from rarefy.artifact.bits import DTYPES, Bits, elements, from_bits, name_of, stored, to_bits
 from rarefy.artifact.container import Container, head, opened
 from rarefy.artifact.filling import fill, tensors_of
@@ -110,14 +110,13 @@ def _encoded(model: nn.Module, base: Base) -> tuple[bytes, list[memoryview]]:
     for name, tensor in tensors_of(model).items():
         dtype = name_of(tensor, name)
         bits = to_bits(tensor)
-        coded = codebook.encode(bits)
-        part = memoryview(bits.view(np.uint8) if coded is None else coded)  # type: ignore[arg-type]
+        coding, part = _smallest(bits, dtype, tuple(tensor.shape))
         entries.append(
             TensorEntry(
                 name=name,
                 dtype=dtype,
                 shape=tuple(tensor.shape),
-                coding="raw" if coded is None else "codebook",
+                coding=coding,
                 length=len(part),
                 sha256=hashlib.sha256(part).hexdigest(),
             )
@@ -125,6 +124,17 @@ def _encoded(model: nn.Module, base: Base) -> tuple[bytes, list[memoryview]]:
         parts.append(part)
     manifest = Manifest(version=ARTIFACT_VERSION, creator=f"rarefy {__version__}", spec=spec, tensors=tuple(entries))
     return head(manifest), parts
+
+
+def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...]) -> tuple[Coding, memoryview]:
+    """Return the coding that takes the fewest bytes, and these; the simpler one of equals."""
+    plain: tuple[Coding, memoryview] = ("raw", memoryview(bits.view(np.uint8)))  # type: ignore[arg-type]
+    coded: dict[Coding, bytes | None] = {
+        "codebook": codebook.encode(bits),
+        "steps": steps.encode(bits, dtype, shape),
+    }
+    parts = [plain, *((coding, memoryview(part)) for coding, part in coded.items() if part is not None)]
+    return min(parts, key=lambda part: len(part[1]))
 
 
 def _decoded(container: Container, entry: TensorEntry, part: bytearray) -> torch.Tensor:
@@ -138,6 +148,8 @@ def _decoded(container: Container, entry: TensorEntry, part: bytearray) -> torch
 def _bits(entry: TensorEntry, part: bytearray, itemsize: int) -> Bits:
     if entry.coding == "codebook":
         return codebook.decode(part, itemsize, elements(entry.shape))
+    if entry.coding == "steps":
+        return steps.decode(part, entry.dtype, elements(entry.shape))
     return np.frombuffer(part, stored(itemsize))
 
 

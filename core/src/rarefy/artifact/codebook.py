@@ -25,7 +25,7 @@ def encode(bits: Bits) -> bytes | None:
     """Return the coded elements, or None when they would not become smaller."""
     if bits.size == 0 or _is_varied(bits):
         return None
-    values, counts = np.unique(bits, return_counts=True)
+    values, counts = histogram(bits)
     if len(values) > MOST_VALUES:
         return None
     head = varint(len(values)) + values.tobytes() + b"".join(varint(int(count)) for count in counts[:-1])
@@ -58,6 +58,17 @@ def decode(part: bytes | bytearray, itemsize: int, size: int) -> Bits:
     if not whole:
         raise ArtifactError("there are more codes than elements")
     return bits
+
+
+def histogram(bits: Bits) -> tuple[Bits, NDArray[np.int64]]:
+    """Return the distinct elements in ascending order, and how often each occurs."""
+    if bits.itemsize > 2:
+        return np.unique(bits, return_counts=True)
+    counts = np.zeros(256**bits.itemsize, np.int64)
+    for start in range(0, bits.size, _CHUNK):
+        counts += np.bincount(bits[start : start + _CHUNK], minlength=counts.size)
+    values = np.flatnonzero(counts)
+    return values.astype(bits.dtype), counts[values]
 
 
 def varint(number: int) -> bytes:
@@ -96,8 +107,17 @@ def _encode_codes(bits: Bits, values: Bits, counts: NDArray[np.int64]) -> bytes:
         return b""
     model, encoder = _model(counts), constriction.stream.queue.RangeEncoder()
     for start in range(0, bits.size, _CHUNK):
-        encoder.encode(np.searchsorted(values, bits[start : start + _CHUNK]).astype(np.int32), model)
+        encoder.encode(_ranks(values, bits[start : start + _CHUNK]), model)
     return bytes(encoder.get_compressed().astype(_WORD, copy=False).tobytes())
+
+
+def _ranks(values: Bits, bits: Bits) -> NDArray[np.int32]:
+    """Return the position of each element among the values."""
+    if bits.itemsize > 2:
+        return np.searchsorted(values, bits).astype(np.int32)
+    ranks = np.zeros(256**bits.itemsize, np.int32)
+    ranks[values] = np.arange(len(values))
+    return ranks[bits]
 
 
 def _read_head(part: bytes | bytearray, itemsize: int, size: int) -> tuple[Bits, NDArray[np.int64], bytes]:

@@ -1,0 +1,166 @@
+"""Lossless coding of tensors whose elements are whole multiples of a few steps, as uniform quantization leaves them.
+
+A part is, all numbers as base-128 varints: the width of a line and the size of a group (see `grids.Grid`); the code of
+symbol 0 (zigzag); whether symbol 0 means -0.0 instead (0 or 1); the bytes of a symbol (1 or 2). Then the steps, one
+section with its length for each byte of the tensor's type, low bytes first; then a section with the symbols. A section
+is 0 and the plain little-endian numbers, or 1 and what `codebook` makes of them. An element is its code times its
+group's step. The product is exact, so it is the same on every platform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rarefy.artifact import codebook
+from rarefy.artifact.bits import Bits, stored
+from rarefy.artifact.codebook import read_varint, varint
+from rarefy.artifact.grids import GROUPS, LARGEST_CODE, SMALLEST_STEP, Floats, Grid, candidates
+from rarefy.errors import ArtifactError
+
+_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_CHUNK = 1 << 16
+_PLAIN, _CODED = b"\0", b"\1"
+
+
+def encode(bits: Bits, dtype: str, shape: tuple[int, ...]) -> bytes | None:
+    """Return the coded elements, or None when they have no steps or would not become smaller.
+
+    Steps are sought for the whole tensor, for each index of its first dimension, and for groups within one.
+    """
+    if dtype not in _ITEMSIZES or bits.size == 0:
+        return None
+    values = _widened(bits, dtype)
+    width = bits.size // shape[0] if shape else 1
+    best: tuple[float, bytes, Bits] | None = None
+    for grid, steps in candidates(values, width if width > 1 else bits.size):
+        lowest, signed, symbols = _symbols(values, grid.spread(steps))
+        head = _head(grid, lowest, signed, symbols.itemsize) + b"".join(_planes(_narrowed(steps, dtype)))
+        cost = len(head) + _information(symbols)
+        if best is None or cost < best[0]:
+            best = cost, head, symbols
+    if best is None or best[0] >= bits.nbytes:
+        return None
+    part = best[1] + _section(best[2])
+    return part if len(part) < bits.nbytes else None
+
+
+def decode(part: bytes | bytearray, dtype: str, size: int) -> Bits:
+    """Return the `size` elements of a part; raise `ArtifactError` when it is not sound."""
+    if dtype not in _ITEMSIZES:
+        raise ArtifactError(f"{dtype} has no steps")
+    (width, group, zigzag, signed, itemsize), at = _numbers(part)
+    grouped = group == width or group in GROUPS
+    if not (2 <= width <= size or width == size == 1) or size % width or not 1 <= group <= width or not grouped:
+        raise ArtifactError(f"groups of {group} in lines of {width} do not fit {size} elements")
+    if signed > 1 or itemsize not in (1, 2):
+        raise ArtifactError("the symbols have no known form")
+    grid, lowest = Grid(width, group), (zigzag >> 1) ^ -(zigzag & 1)
+    steps, at = _read_steps(part, at, dtype, size // width * grid.per_line)
+    symbols = _read_section(part[at:], itemsize, size)
+    if not -LARGEST_CODE - signed <= lowest <= LARGEST_CODE - int(symbols.max()):
+        raise ArtifactError(f"the codes exceed {LARGEST_CODE}")
+    codes = np.arange(lowest, lowest + int(symbols.max()) + 1).astype(np.float64)
+    if signed:
+        codes[0] = -0.0
+    return _products(codes, symbols, grid.spread(steps), dtype)
+
+
+def _products(codes: NDArray[np.float64], symbols: Bits, steps: Floats, dtype: str) -> Bits:
+    bits = np.empty(symbols.size, stored(_ITEMSIZES[dtype]))
+    for start in range(0, symbols.size, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        exact = codes[symbols[chunk]] * steps[chunk]  # 16 and 24 bits give 40, which float64 has
+        with np.errstate(over="ignore"):
+            bits[chunk] = _narrowed(exact.astype(np.float32), dtype)
+        if not (_widened(bits[chunk], dtype) == exact).all():
+            raise ArtifactError(f"an element is no {dtype}")
+    return bits
+
+
+def _symbols(values: Floats, steps: Floats) -> tuple[int, bool, Bits]:
+    """Return the code of symbol 0, whether it stands for -0.0 instead, and the symbols."""
+    codes = np.empty(values.size, np.int32)
+    for start in range(0, values.size, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        codes[chunk] = values[chunk] / steps[chunk]
+    negative = values.view(np.int32) == np.int32(-(2**31))
+    signed = bool(negative.any())
+    lowest = int(codes.min()) - signed
+    itemsize = 1 if int(codes.max()) - lowest < 256 else 2
+    symbols = (codes - lowest).astype(stored(itemsize))
+    symbols[negative] = 0
+    return lowest, signed, symbols
+
+
+def _information(symbols: Bits) -> float:
+    """Return about how many bytes the symbols and their histogram take."""
+    counts = codebook.histogram(symbols)[1]
+    coded = float((counts * np.log2(symbols.size / counts)).sum()) / 8 + len(counts) * (symbols.itemsize + 2)
+    return min(coded, symbols.nbytes)
+
+
+def _head(grid: Grid, lowest: int, signed: bool, itemsize: int) -> bytes:
+    zigzag = 2 * lowest if lowest >= 0 else -2 * lowest - 1
+    return b"".join(varint(number) for number in (grid.width, grid.group, zigzag, signed, itemsize))
+
+
+def _numbers(part: bytes | bytearray) -> tuple[list[int], int]:
+    numbers, at = [], 0
+    for _ in range(5):
+        number, at = read_varint(part, at)
+        numbers.append(number)
+    return numbers, at
+
+
+def _planes(steps: Bits) -> Iterator[bytes]:
+    """Yield one section for each byte of the steps: signs and exponents are alike, low bytes of mantissas often 0."""
+    for plane in steps.view(np.uint8).reshape(-1, steps.itemsize).T:
+        section = _section(np.ascontiguousarray(plane))
+        yield varint(len(section)) + section
+
+
+def _read_steps(part: bytes | bytearray, at: int, dtype: str, count: int) -> tuple[Floats, int]:
+    planes = np.empty((count, _ITEMSIZES[dtype]), np.uint8)
+    for place in range(planes.shape[1]):
+        length, at = read_varint(part, at)
+        if length > len(part) - at:
+            raise ArtifactError("the steps are cut off")
+        planes[:, place] = _read_section(part[at : at + length], 1, count)
+        at += length
+    steps = _widened(planes.reshape(-1).view(stored(planes.shape[1])), dtype)
+    if not (np.isfinite(steps) & (steps >= SMALLEST_STEP)).all():
+        raise ArtifactError("a step is not a positive number")
+    return steps, at
+
+
+def _section(numbers: Bits) -> bytes:
+    coded = codebook.encode(numbers)
+    return _PLAIN + numbers.tobytes() if coded is None else _CODED + coded
+
+
+def _read_section(section: bytes | bytearray, itemsize: int, size: int) -> Bits:
+    if section[:1] == _CODED:
+        return codebook.decode(section[1:], itemsize, size)
+    if section[:1] != _PLAIN or len(section) != 1 + size * itemsize:
+        raise ArtifactError(f"{size} numbers of {itemsize} bytes do not stand in {len(section)} bytes")
+    return np.frombuffer(section, stored(itemsize), offset=1)
+
+
+def _widened(bits: Bits, dtype: str) -> Floats:
+    """Return the floats of some bits as float32, which holds all of them exactly."""
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    floats: NDArray[Any] = bits.view(f"<f{bits.itemsize}")
+    return floats.astype(np.float32, copy=False)
+
+
+def _narrowed(values: Floats, dtype: str) -> Bits:
+    """Return the bits of float32 numbers in another type; numbers that it lacks come out different."""
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(stored(2))
+    itemsize = _ITEMSIZES[dtype]
+    return values.astype(f"<f{itemsize}", copy=False).view(stored(itemsize))
