@@ -469,6 +469,8 @@ def set_tensor(**values: Any) -> Callable[[dict[str, Any]], None]:
         set_tensor(dtype="bool"),
         set_tensor(coding="pickle"),
         set_tensor(coding="raw"),
+        set_tensor(coding="steps"),
+        set_tensor(coding="steps", dtype="int32"),
         set_tensor(sha256="0" * 64),
         set_tensor(sha256="no hash"),
         set_tensor(name="1.weight"),

@@ -91,7 +91,8 @@ def _symbols(values: Floats, steps: Floats) -> tuple[int, bool, Bits]:
     signed = bool(negative.any())
     lowest = int(codes.min()) - signed
     itemsize = 1 if int(codes.max()) - lowest < 256 else 2
-    symbols = (codes - lowest).astype(stored(itemsize))
+    codes -= lowest
+    symbols = codes.astype(stored(itemsize))
     symbols[negative] = 0
     return lowest, signed, symbols
 
@@ -124,14 +125,14 @@ def _planes(steps: Bits) -> Iterator[bytes]:
 
 
 def _read_steps(part: bytes | bytearray, at: int, dtype: str, count: int) -> tuple[Floats, int]:
-    planes = np.empty((count, _ITEMSIZES[dtype]), np.uint8)
-    for place in range(planes.shape[1]):
+    planes = []
+    for _ in range(_ITEMSIZES[dtype]):
         length, at = read_varint(part, at)
         if length > len(part) - at:
             raise ArtifactError("the steps are cut off")
-        planes[:, place] = _read_section(part[at : at + length], 1, count)
+        planes.append(_read_section(part[at : at + length], 1, count))
         at += length
-    steps = _widened(planes.reshape(-1).view(stored(planes.shape[1])), dtype)
+    steps = _widened(np.stack(planes, axis=1).reshape(-1).view(stored(len(planes))), dtype)
     if not (np.isfinite(steps) & (steps >= SMALLEST_STEP)).all():
         raise ArtifactError("a step is not a positive number")
     return steps, at
