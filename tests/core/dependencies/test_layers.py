@@ -418,3 +418,51 @@ def test_a_number_written_where_data_choose_pins_the_chosen_axis() -> None:
     assert find_dependencies(gate, (X,)).groups == ()
     rows = mlp(lambda s, x: x * torch.ones_like(x).scatter_(0, torch.zeros_like(x[:1], dtype=torch.int64), 2.0))
     assert find_dependencies(rows, (X,))["i"].pinned is None
+
+
+KEPT_EQUAL: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "view": lambda s, x: s.j(x).view(x.shape),
+    "rows regrouped": lambda s, x: s.j(x).reshape(-1, x.shape[1]),
+    "three at once": lambda s, x: s.j(x).view(x.shape) + s.k(x).view(x.shape[0], -1)[:, : x.shape[1]],
+}
+
+
+@pytest.mark.parametrize("name", KEPT_EQUAL)
+def test_axes_that_code_wants_equally_long_are_not_cut_apart(name: str) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).double()
+    model = mlp(KEPT_EQUAL[name], j=nn.Linear(8, 8), k=nn.Linear(8, 8)).double()
+    deps = find_dependencies(model, (x,))
+    if name == "view":
+        assert {member.tensor for member in deps["i"].members} >= {"i.weight", "j.weight", "o.weight"}
+    for group in deps.groups:
+        for count in (1, 4, 6):
+            removal = {group.name: torch.arange(count)}
+            torch.testing.assert_close(cut(model, deps, removal)(x), mask(model, deps, removal)(x))
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed of a parameter, and drops it when tensors are moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.kept = nn.Parameter(torch.rand(8)), {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "g" not in self.kept:
+            self.kept["g"] = self.g.detach().exp()
+        return x * self.kept["g"]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.kept = {}
+        return super()._apply(*args, **kwargs)
+
+
+def test_what_modules_keep_of_their_parameters_is_dropped() -> None:
+    model = mlp(lambda s, x: s.k(x), k=Keeping())
+    whole = model(X)
+    deps = find_dependencies(model, (X,))
+    assert {member.tensor for member in deps["i"].members} >= {"i.weight", "k.g"}
+    removal = {"i": torch.tensor([1, 4])}
+    torch.testing.assert_close(cut(model, deps, removal)(X), mask(model, deps, removal)(X))
+    assert model.k.kept
+    assert torch.equal(model(X), whole)

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from rarefy.dependencies.cutting import cut
 from rarefy.dependencies.finding import Inputs, observe, on_meta
-from rarefy.dependencies.groups import Dependencies, Group, Length, Removal, tensors
+from rarefy.dependencies.groups import Claims, Dependencies, Group, Length, Removal, tensors
 from rarefy.dependencies.trials import (
     FAINT,
     Trial,
@@ -30,6 +30,8 @@ from rarefy.dependencies.trials import (
     rough,
     run,
     same_outputs,
+    unevenly,
+    unevenly_again,
     without,
 )
 from rarefy.errors import StageError
@@ -37,7 +39,11 @@ from rarefy.modules.skeleton import meta_copy
 
 _MOST_CHOICES = 64
 _MOST_SEARCHES = 4
-_Attribute = tuple[str, str, int | None]
+_MOST_PAIRED = 6
+_Place = tuple[str, str, int | None]
+"""A number in an attribute: module, attribute, and its place in a tuple or list."""
+_Attribute = tuple[str, str, int | None, int]
+"""A number in an attribute, by class of module, and how many axes it may stand for; instances may see fewer."""
 
 
 def find_dependencies(model: nn.Module, inputs: Inputs, *, verify: bool = True) -> Dependencies:
@@ -119,18 +125,21 @@ class _Settling:
     def _take(self) -> None:
         """Read the groups from what is known of the labels by now."""
         found = self.run.groups()
-        self.candidates: dict[_Attribute, list[Length]] = defaultdict(list)
+        self.candidates: dict[_Place, list[Length]] = defaultdict(list)
         for length in found.lengths:
             self.candidates[length.module, length.attribute, length.item].append(length)
         self.found = replace(found, lengths=tuple(self._lengths()))
         self.groups = {group.name: group for group in found.groups}
 
     def _lengths(self) -> Iterator[Length]:
-        for (module, attribute, item), axes in self.candidates.items():
-            choice = self.chosen.get((self.classes.get(module, ""), attribute, item), 0)
+        for place, axes in self.candidates.items():
+            choice = self.chosen.get(self._attribute(place), 0)
             if choice >= 0:
-                # a module whose other axes are of other lengths saw fewer than another one of its class
-                yield axes[min(choice, len(axes) - 1)]
+                yield axes[choice]
+
+    def _attribute(self, place: _Place) -> _Attribute:
+        module, attribute, item = place
+        return self.classes.get(module, ""), attribute, item, len(self.candidates[place])
 
     def _rounds(self, among: Iterable[str] | None = None) -> list[list[str]]:
         """Return sets of groups that can be cut together: of those that overlap, whole blocks first, then places."""
@@ -139,13 +148,9 @@ class _Settling:
         crossing = [name for name in names if self.groups[name].overlaps]
         rounds: list[list[str]] = []
         while crossing or not rounds:
-            taken: set[tuple[str, int]] = set()
-            now = []
-            for name in sorted(crossing, key=lambda name: self.groups[name].kind != "block"):
-                places = {(member.tensor, member.dim) for member in self.groups[name].members}
-                if not places & taken:
-                    now.append(name)
-                    taken |= places
+            claims = Claims()
+            blocks_first = sorted(crossing, key=lambda name: self.groups[name].kind != "block")
+            now = [name for name in blocks_first if claims.take(self.groups[name]) is None]
             crossing = [name for name in crossing if name not in now]
             rounds.append(apart + now if not rounds else now)
         return [names for names in rounds if names]
@@ -165,6 +170,10 @@ class _Settling:
                 return True
             for i, failure in failures.items():
                 self._pin_culprits(sets[i], failure)
+                return True
+        for names, choose in itertools.product(self._rounds(), (unevenly, unevenly_again)):
+            if (failure := self._failure(names, choose)) is not None:
+                self._tie_or_pin(names, failure)
                 return True
         # one comparison of all, which most networks pass, before those that tell who is to blame
         changed = [self._make_equal(names) for names in self._rounds() if not self._equal(names, rough)]
@@ -196,12 +205,14 @@ class _Settling:
         """Return the first failure of the groups, those that overlap tried apart."""
         return next((found for names in self._rounds(among) if (found := self._failure(names)) is not None), None)
 
-    def _failure(self, names: Iterable[str]) -> _Failure | None:
-        """Return how a copy without one unit of each group fails to run, None when it runs; the last is remembered."""
-        key = (frozenset(names), tuple(self.found.lengths))
+    def _failure(
+        self, names: Iterable[str], choose: Callable[[Iterable[Group]], Removal] = one_of_each
+    ) -> _Failure | None:
+        """Return how a copy without some units of each group fails to run, None when it runs; the last is kept."""
+        key = (frozenset(names), tuple(self.found.lengths), choose)
         if key not in self.last:
-            removal = one_of_each(self.groups[name] for name in sorted(key[0]))
-            self.last = {key: None if self._runs_on_meta(removal) else self._tried(removal)}
+            removal = choose([self.groups[name] for name in sorted(key[0])])
+            self.last = {key: None if not removal or self._runs_on_meta(removal) else self._tried(removal)}
         return self.last[key]
 
     def _runs_on_meta(self, removal: Removal) -> bool:
@@ -244,12 +255,9 @@ class _Settling:
         self.searches[kind] += 1
         if self.searches[kind] > _MOST_SEARCHES:
             return False
-        counts: dict[_Attribute, int] = defaultdict(int)
-        for (module, attribute, item), axes in self.candidates.items():
-            if self.classes.get(module) == kind:
-                counts[kind, attribute, item] = max(counts[kind, attribute, item], len(axes))
         before = dict(self.chosen)
-        others = {key: [i for i in range(-1, count) if i != before.get(key, 0)] for key, count in counts.items()}
+        attributes = dict.fromkeys(key for key in map(self._attribute, self.candidates) if key[0] == kind)
+        others = {key: [i for i in range(-1, key[-1]) if i != before.get(key, 0)] for key in attributes}
         for choice in itertools.islice(_few_first(others), _MOST_CHOICES):
             self.chosen = {**before, **choice}
             self.found = replace(self.found, lengths=tuple(self._lengths()))
@@ -266,6 +274,21 @@ class _Settling:
         for name in alone or near:
             self._pin(name, alone.get(name, failure).reason)
 
+    def _tie_or_pin(self, names: Sequence[str], failure: _Failure) -> None:
+        """Tie groups that run only when as many units of each are gone, and pin those that fail anyhow."""
+        near = [name for name in names if self._touches(name, failure.module)] or list(names)
+        alone = {name: found for name in near if (found := self._failure([name])) is not None}
+        tied: set[str] = set()
+        for count in dict.fromkeys(self.groups[name].units for name in alone):
+            alike = [name for name in alone if self.groups[name].units == count]
+            pairs = [list(pair) for pair in itertools.combinations(alike[:_MOST_PAIRED], 2)]
+            for some in (*pairs, alike):
+                if len(some) > 1 and not tied.issuperset(some) and self._failure(some) is None:
+                    self.run.unite(some)
+                    tied.update(some)
+        for name in alone.keys() - tied if alone else near:
+            self._pin(name, alone.get(name, failure).reason)
+
     def _touches(self, name: str, module: str) -> bool:
         """Tell whether a group has a member in a module or beside it."""
         parent = module.rpartition(".")[0]
@@ -274,8 +297,8 @@ class _Settling:
     def _shared_attributes(self) -> dict[_Attribute, list[list[str]]]:
         """Return the groups that shorten each of the axes of attributes with several, by class of module."""
         axes: dict[_Attribute, list[set[str]]] = defaultdict(list)
-        for (module, attribute, item), lengths in self.candidates.items():
-            key = (self.classes.get(module, ""), attribute, item)
+        for place, lengths in self.candidates.items():
+            key = self._attribute(place)
             if len(lengths) > 1 and key not in self.shared:
                 for i, length in enumerate(lengths):
                     axes[key] += [set() for _ in range(i + 1 - len(axes[key]))]
@@ -284,8 +307,8 @@ class _Settling:
 
     def _tie(self, key: _Attribute, which: set[int]) -> None:
         """Make axes that one attribute stands for change together, in every module of the class."""
-        for (module, attribute, item), lengths in self.candidates.items():
-            if (self.classes.get(module, ""), attribute, item) == key:
+        for place, lengths in self.candidates.items():
+            if self._attribute(place) == key:
                 self.run.tie([length for i, length in enumerate(lengths) if i in which])
 
     def _halved(self, names: Sequence[str]) -> list[str]:

@@ -57,6 +57,7 @@ def cut(model: nn.Module, dependencies: Dependencies, removal: Removal) -> nn.Mo
     result = copy.deepcopy(model, memo)
     _open_attention_(result, changed)
     _correct_(result, dependencies, removal)
+    forget_(result)
     return result
 
 
@@ -80,6 +81,15 @@ def mask_(model: nn.Module, dependencies: Dependencies, removal: Removal, factor
                         tensor.index_copy_(member.dim, where, tensor.index_select(member.dim, where) * factor)
                     else:
                         tensor.index_fill_(member.dim, where, 0)
+    forget_(model)
+
+
+def forget_(model: nn.Module) -> None:
+    """Tell the modules that their tensors changed, so that they drop what they computed from these earlier.
+
+    A move to another device or precision goes the same way, and modules that keep such things heed it.
+    """
+    model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]
 
 
 def checked(dependencies: Dependencies, removal: Removal) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rarefy.dependencies.cutting import forget_
 from rarefy.dependencies.groups import Dependencies, Group, Kind, Length, Member, tensors
 from rarefy.dependencies.labels import Ids
 from rarefy.dependencies.operators.layers import KERNEL
@@ -45,6 +46,7 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
 
 
 def _observed(twin: nn.Module, inputs: Inputs, valueless: bool) -> Observation:
+    forget_(twin)
     # before the head counts of torch's attention are opened, under the names of the model's own tensors
     names = {id(tensor): name for name, tensor in tensors(twin).items()}
     for module in [m for m in twin.modules() if type(m) is nn.MultiheadAttention]:
@@ -87,6 +89,11 @@ class Observation:
     def pin(self, group: str, reason: str) -> None:
         """Forbid the removal of a group's units."""
         self.trace.algebra.labels.pin(self.labels[group], reason)
+
+    def unite(self, groups: Sequence[str]) -> None:
+        """Make equal units of groups go together."""
+        for name in groups[1:]:
+            self.trace.algebra.labels.unite(self.labels[groups[0]], self.labels[name])
 
     def tie(self, lengths: Sequence[Length]) -> None:
         """Make axes change together."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ Trial = tuple[nn.Module, Inputs, float]
 
 def rough(model: nn.Module, inputs: Inputs) -> Trial:
     """Return a trial in the model's own precision."""
-    return model, inputs, 1e-5
+    return model, inputs, 2e-6
 
 
 def exact(model: nn.Module, inputs: Inputs) -> Trial:
@@ -104,6 +105,27 @@ def has_twins(group: Group) -> bool:
 def one_of_each(groups: Iterable[Group]) -> Removal:
     """Return one unit in the middle of each group."""
     return {group.name: torch.tensor([group.units // 2]) for group in groups}
+
+
+def unevenly(groups: Iterable[Group]) -> Removal:
+    """Return more units of one group than of an equally large one, so that axes of one length by chance differ."""
+    return _by_digit(groups, 0)
+
+
+def unevenly_again(groups: Iterable[Group]) -> Removal:
+    """Return other numbers of units where `unevenly` had to take as many of several; nothing where it had not."""
+    return _by_digit(groups, 1)
+
+
+def _by_digit(groups: Iterable[Group], digit: int) -> Removal:
+    removal: dict[str, torch.Tensor] = {}
+    met = Counter[int]()
+    for group in groups:
+        most = max(1, group.units // 2)
+        removal[group.name] = torch.arange(1 + met[group.units] // most**digit % most)
+        met[group.units] += 1
+    enough = digit > 0 and all(count <= max(1, units // 2) for units, count in met.items())
+    return {} if enough else removal
 
 
 def every_other(groups: Iterable[Group]) -> Removal:

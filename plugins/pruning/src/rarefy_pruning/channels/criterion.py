@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 from rarefy import distributed
-from rarefy.dependencies import Dependencies, Group, Removal, cut, find_dependencies
+from rarefy.dependencies import Claims, Dependencies, Group, Removal, cut, find_dependencies
 from rarefy.errors import StageError
 from rarefy.measure.mode import device_of, move
 from rarefy.task import Task
@@ -74,20 +74,17 @@ class ChannelCriterion(Technique[ConfigT]):
     def _eligible(self, model: nn.Module, found: Dependencies) -> tuple[list[Group], list[SkippedLayer]]:
         """Return the groups to score, and why the others are left alone."""
         groups, skipped = [], [_skip(model, group, group.pinned or "") for group in found.pinned]
-        taken: dict[tuple[str, int], str] = {}
+        claims = Claims()
         preferred = "block" if self.config.blocks == "whole" else "position"
         for group in sorted(found.groups, key=lambda g: g.overlaps and g.kind != preferred):
-            places = [(m.tensor, m.dim) for m in group.members] if group.overlaps else []
-            other = next((taken[place] for place in places if place in taken), None)
             if (layer := _missed(model, group, self.config)) is not None:
                 skipped.append(_skip(model, group, f"{layer!r}, which produces it, is no target"))
             elif group.changes_statistics and not self.config.statistics:
                 skipped.append(_skip(model, group, "a statistic is taken over it, and `statistics` is false"))
-            elif other is not None:
-                skipped.append(_skip(model, group, f"{other!r} cuts the same weights another way (see `blocks`)"))
+            elif (crossed := claims.take(group)) is not None:
+                skipped.append(_skip(model, group, f"{crossed[0]!r} cuts the same weights another way (see `blocks`)"))
             else:
                 groups.append(group)
-                taken.update(dict.fromkeys(places, group.name))
         if not groups:
             reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:8])
             raise StageError(
