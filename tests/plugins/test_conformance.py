@@ -56,6 +56,17 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pruning/snip": [{"amount": 0.6}, {"amount": 0.6, "schedule": "cubic", "finetune": {}}],
     "pruning/sparsegpt": [{"amount": 0.6, "batches": 2}, {"pattern": "2:4", "batches": 2, "finetune": {}}],
     "pruning/wanda": [{"amount": 0.6}, {"pattern": "2:4", "schedule": "iterative", "finetune": {}}],
+    "quantization/gptq": [
+        {"bits": 3, "batches": 2},
+        {"bits": 2, "batches": 2, "granularity": "group", "group_size": 32, "symmetric": False, "finetune": {}},
+        {"bits": 3, "batches": 2, "granularity": "tensor", "sequential": False, "order": "data"},
+    ],
+    "quantization/uniform": [
+        {"bits": 3},
+        {"bits": 3, "range": "min-max", "symmetric": False, "correct_bias": True, "finetune": {}},
+        {"bits": 2, "range": "percentile", "granularity": "group", "group_size": 32},
+        {"range": "entropy", "granularity": "tensor", "finetune": {}},
+    ],
     "quantization/kmeans": [{"bits": 3}, {"bits": 3, "init": "random", "finetune": {}}],
 }
 CASES = [(name, options) for name in get().techniques for options in OPTIONS.get(name, [{}, {"finetune": {}}])]

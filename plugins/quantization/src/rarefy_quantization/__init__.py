@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 @hookimpl
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
-    from rarefy_quantization.config import KMeansConfig
+    from rarefy_quantization.config import GPTQConfig, KMeansConfig, UniformConfig
 
-    return [KMeansConfig]
+    return [KMeansConfig, UniformConfig, GPTQConfig]

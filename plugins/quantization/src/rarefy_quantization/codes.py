@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+
+from rarefy_quantization.parametrizations import computed, places
+
+
+def entropy(codes: torch.Tensor) -> float:
+    """Return the order-0 entropy of integers in bits per entry."""
+    shares = codes.flatten().unique(return_counts=True)[1].double() / codes.numel()
+    return float(torch.special.entr(shares).sum() / math.log(2))
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,7 @@ class Coded:
 
     def entropy(self) -> float:
         """Return the order-0 entropy of the codes in bits per entry."""
-        shares = self.codes.flatten().bincount().double() / self.codes.numel()
-        return float(torch.special.entr(shares).sum() / torch.log(torch.tensor(2.0, dtype=torch.float64)))
+        return entropy(self.codes)
 
 
 class Shared(nn.Module):
@@ -61,36 +68,9 @@ def share_(model: nn.Module, name: str, coded: Coded) -> None:
     """Parametrize the parameter `name` by its codebook, in every layer that uses it."""
     parameter = model.get_parameter(name)
     codebook: nn.Parameter | None = None
-    for layer, own_name in _places(model, parameter):
+    for layer, own_name in places(model, parameter):
         setattr(layer, own_name, nn.Parameter(coded.decode(), requires_grad=parameter.requires_grad))
         parametrize.register_parametrization(layer, own_name, Shared(coded))
-        lookup = _lookups(layer)[own_name]
+        lookup = computed(layer, Shared)[own_name]
         codebook = lookup.original if codebook is None else codebook
         lookup.original = codebook
-
-
-def unshare_(model: nn.Module) -> None:
-    """Turn every parametrization by a codebook back into a plain parameter; what shared a codebook shares a tensor."""
-    plain: dict[nn.Parameter, nn.Parameter] = {}
-    for layer in list(model.modules()):
-        for name, lookup in _lookups(layer).items():
-            codebook = lookup.original
-            if codebook not in plain:
-                plain[codebook] = nn.Parameter(getattr(layer, name).detach(), requires_grad=codebook.requires_grad)
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
-            setattr(layer, name, plain[codebook])
-
-
-def _lookups(layer: nn.Module) -> dict[str, Any]:
-    """Return the parametrizations by a codebook, by tensor name."""
-    found: Any = getattr(layer, "parametrizations", {})
-    return {name: steps for name, steps in found.items() if isinstance(steps[0], Shared)}
-
-
-def _places(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, name)
-        for module in list(model.modules())
-        for name, own in module.named_parameters(recurse=False)
-        if own is parameter
-    ]

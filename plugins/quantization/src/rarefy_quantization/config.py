@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
-from rarefy_schemas import TechniqueConfig, Traits
+from rarefy_schemas import DataNeed, TechniqueConfig, Traits
 
 Bits = Annotated[int, Field(ge=1, le=8)]
 
@@ -36,3 +36,85 @@ class KMeansConfig(WeightSharing):
     """First centroids: evenly from the least to the greatest weight, at even quantiles, or random weights."""
     rounds: int = Field(default=10_000, ge=1)
     """Most iterations per layer; it stops earlier when no weight changes its centroid."""
+
+
+GridBits = Annotated[int, Field(ge=2, le=8)]
+
+
+class GridQuantization(TechniqueConfig):
+    """Options of every technique that rounds weights to multiples of a step size.
+
+    Steps have 16 significant bits, so that step times code is exact in float32. Zero is always one of the values, so
+    weights that are zero stay it. Biases are left alone.
+    """
+
+    traits: ClassVar[Traits] = Traits(leaves_codes=True, keeps_zeros=True, needs_dense_floats=True)
+
+    bits: GridBits = 8
+    """Bits per code: a weight takes one of 2^bits values."""
+    per_layer: dict[str, GridBits] = {}
+    """Bits of single layers by name pattern (`features.*: 4`); the first pattern that matches counts."""
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    """What has a step size of its own: the layer, each output channel, or `group_size` consecutive weights of one."""
+    group_size: Literal[32, 64, 128] = 128
+    """Weights of a group; the last one of a channel may be smaller, and a channel with fewer is one group."""
+    symmetric: bool = True
+    """Codes from -2^(bits-1) to 2^(bits-1) - 1; otherwise 2^bits codes that begin where the weights do, with an integer
+    zero point."""
+    range: Literal["min-max", "percentile", "mse", "entropy"] = "mse"
+    """Values that the codes reach: all; those up to `percentile`; those with the least squared error of rounding and
+    clipping; or those with the least Kullback-Leibler divergence of the histogram of the layer, as for activations."""
+    percentile: float = Field(default=99.9, gt=50, le=100)
+    """Percentage of the weights that `range: percentile` reaches, counted from either end, zeros left out."""
+
+
+class UniformConfig(GridQuantization):
+    """Round weights to evenly spaced values; with fine-tuning, train weights and step sizes through the rounding."""
+
+    implementation: ClassVar[str] = "rarefy_quantization.uniform:Uniform"
+    paper: ClassVar[str] = (
+        "Jacob et al. 2018, Quantization and training of neural networks for efficient integer-arithmetic-only "
+        "inference; Esser et al. 2020, Learned step size quantization (fine-tuning); Nagel et al. 2019, Data-free "
+        "quantization through weight equalization and bias correction"
+    )
+
+    technique: Literal["quantization/uniform"] = "quantization/uniform"
+    correct_bias: bool = False
+    """Whether the mean error that rounding makes in each output, on unlabelled data, is taken off the layer's bias."""
+    batches: int = Field(default=8, ge=1)
+    """Calibration batches that `correct_bias` looks at."""
+
+    def needed_data(self) -> DataNeed:
+        """Return `unlabelled` where biases are corrected."""
+        return "unlabelled" if self.correct_bias else "none"
+
+
+class GPTQConfig(GridQuantization):
+    """Round weights input by input and let the later inputs make up for the error of the outputs."""
+
+    traits: ClassVar[Traits] = Traits(data="unlabelled", leaves_codes=True, keeps_zeros=True, needs_dense_floats=True)
+    implementation: ClassVar[str] = "rarefy_quantization.gptq:GPTQ"
+    paper: ClassVar[str] = (
+        "Frantar et al. 2023, GPTQ: accurate post-training quantization for generative pre-trained transformers"
+    )
+
+    technique: Literal["quantization/gptq"] = "quantization/gptq"
+    bits: GridBits = 4
+    """Bits per code: a weight takes one of 2^bits values."""
+    range: Literal["min-max", "percentile", "mse", "entropy"] = "min-max"
+    """Values that the codes reach, as for `quantization/uniform`; the paper's is `min-max`."""
+    order: Literal["data", "activation"] = "activation"
+    """Order in which inputs are rounded: as they lie, or those with the largest mean square first, before errors have
+    gathered."""
+    batches: int = Field(default=8, ge=1)
+    """Number of calibration batches."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples per calibration batch; the task's own number when absent."""
+    damping: float = Field(default=0.01, gt=0)
+    """Share of the Hessian's mean diagonal that is added to its diagonal; more makes it nearer to plain rounding."""
+    sequential: bool = True
+    """Calibrate each layer with those before it already quantized, on the inputs it will have."""
+    block: int = Field(default=128, ge=1)
+    """Inputs between two updates of all later ones; it changes the time, and the result only by rounding."""
+    max_inputs: int = Field(default=16384, ge=1)
+    """Most inputs of one output, kernel positions included; H takes their square, and larger layers are left alone."""

@@ -13,8 +13,9 @@ from rarefy.weights import LayerWeight, layer_weights, per_layer
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
-from rarefy_quantization.codes import Coded, share_, unshare_
+from rarefy_quantization.codes import Coded, Shared, share_
 from rarefy_quantization.config import WeightSharing
+from rarefy_quantization.parametrizations import make_plain_
 
 ConfigT = TypeVar("ConfigT", bound=WeightSharing)
 
@@ -55,7 +56,7 @@ class TensorQuantizer(Technique[ConfigT]):
 
     def consolidate(self, model: nn.Module) -> nn.Module:
         """Leave plain weights that take the values of the fine-tuned codebooks."""
-        unshare_(model)
+        make_plain_(model, Shared)
         return model
 
     @torch.no_grad()
