@@ -466,3 +466,12 @@ def test_what_modules_keep_of_their_parameters_is_dropped() -> None:
     torch.testing.assert_close(cut(model, deps, removal)(X), mask(model, deps, removal)(X))
     assert model.k.kept
     assert torch.equal(model(X), whole)
+
+
+def test_groups_that_differ_only_together_are_not_both_cut() -> None:
+    def doubled(s: Any, x: torch.Tensor) -> torch.Tensor:
+        x = s.k(x).relu()
+        return x * 2 if s.i.weight.shape[0] < 8 and s.k.weight.shape[0] < 7 else x
+
+    deps = find_dependencies(mlp(doubled, after=7, k=nn.Linear(8, 7)), (X,))
+    assert (deps["i"].pinned is None) != (deps["k"].pinned is None)

@@ -181,7 +181,7 @@ class _Settling:
 
     def _make_equal(self, round_: Sequence[str]) -> bool:
         """Correct other attributes, or pin, where a cut gives other outputs; tell whether one did."""
-        unlike = self._halved(round_)
+        unlike = self._unlike(round_)
         for kind in self._classes_with_lengths_of(unlike):
             if self._search(kind, lambda: self._equal(unlike)):
                 return True
@@ -311,14 +311,15 @@ class _Settling:
             if self._attribute(place) == key:
                 self.run.tie([length for i, length in enumerate(lengths) if i in which])
 
-    def _halved(self, names: Sequence[str]) -> list[str]:
-        """Return the groups that are not equal, by halving."""
-        if self._equal(names):
+    def _unlike(self, names: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
+        """Return the groups that are not equal when they are cut beside others, by halving."""
+        if self._equal([*beside, *names]):
             return []
         if len(names) == 1:
             return list(names)
-        half = len(names) // 2
-        return [*self._halved(names[:half]), *self._halved(names[half:])]
+        first, second = names[: len(names) // 2], names[len(names) // 2 :]
+        # where each half is equal alone, the second is to blame beside the first
+        return [*self._unlike(first, beside), *self._unlike(second, beside)] or self._unlike(second, [*beside, *first])
 
     def _equal(self, names: Sequence[str], trial: Callable[[nn.Module, Inputs], Trial] = exact) -> bool:
         """Compare a cut of every other unit with a model that computes as much without being cut."""

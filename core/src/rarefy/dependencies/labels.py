@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 _MOST_PARTS = 6
-_FIRST, _GROWTH = 2**15, 4  # networks have tens of thousands of channels, and each growth copies all labels
+_FIRST = 2**16  # networks have tens of thousands of channels, and each growth copies all labels
 
 
 class Labels:
@@ -36,8 +36,8 @@ class Labels:
         start, self._count = self._count, self._count + count
         while self._count > len(self._parent):
             old = len(self._parent)
-            self._parent = np.concatenate([self._parent, np.arange(old, _GROWTH * old)])
-            self._parts = np.concatenate([self._parts, np.full(((_GROWTH - 1) * old, _MOST_PARTS), -1)])
+            self._parent = np.concatenate([self._parent, np.arange(old, 2 * old)])
+            self._parts = np.concatenate([self._parts, np.full((old, _MOST_PARTS), -1)])
         return np.arange(start, self._count)
 
     def find(self, ids: Ids) -> Ids:
