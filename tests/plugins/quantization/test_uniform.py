@@ -186,8 +186,10 @@ class TestLearnedSteps:
         with torch.no_grad():
             trained_digits.fc1.weight[trained_digits.fc1.weight.abs() < 0.02] = 0
         zeros = trained_digits.fc1.weight == 0
-        changed = quantized(trained_digits, UniformConfig(bits=4, finetune=Finetune(max_steps=5)), digits_task)
+        config = UniformConfig(bits=8, finetune=Finetune(max_steps=10, lr=1e-2))
+        changed = quantized(trained_digits, config, digits_task)
         assert not changed.fc1.weight[zeros].any()
+        assert changed.fc1.weight[~zeros].count_nonzero() > 0.8 * (~zeros).sum()
 
     def test_layers_that_share_a_weight_still_do(self, digits_task: Any) -> None:
         torch.manual_seed(0)
@@ -228,6 +230,18 @@ class TestBiasCorrection:
         torch.testing.assert_close(means[1], means[0], atol=1e-5, rtol=1e-5)
         assert (means[2] - means[0]).abs().max() > 1e-3
         assert torch.equal(corrected[0].weight, plain[0].weight)
+
+    def test_layers_that_share_a_weight_are_corrected_each_on_its_own_inputs(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        model[2].weight = model[0].weight
+        inputs = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
+        changed = quantized(model, UniformConfig(bits=2, correct_bias=True), Inputs(inputs))
+        with torch.no_grad():
+            hidden = model[1](model[0](inputs))
+            for layer, x in ((0, inputs), (2, hidden)):
+                torch.testing.assert_close(changed[layer](x).mean(0), model[layer](x).mean(0), atol=1e-5, rtol=1e-5)
+        assert changed[2].weight is changed[0].weight
 
     def test_layers_without_bias_or_data_stay_as_they_are(self) -> None:
         class Idle(nn.Module):

@@ -77,7 +77,7 @@ class Grid:
             step = _step((least / low).maximum(most / high))
             return cls(step, torch.full_like(step, low), torch.full_like(step, high))
         step = _step((most - least) / (codes - 1))
-        lowest = (least / step).round().clamp(1 - codes, 0).float()
+        lowest = (least / step).round().float()
         return cls(step, lowest, lowest + (codes - 1))
 
     def codes(self, units: torch.Tensor) -> torch.Tensor:
