@@ -198,3 +198,8 @@ class TestRanges:
         units = normal(1, 100)
         whole, ours = (fit_grid(units, 4, UniformConfig(range=r)) for r in ("min-max", "entropy"))
         assert torch.equal(whole.step, ours.step)
+
+
+def test_no_negative_zeros_are_left() -> None:
+    grid = Grid.between(torch.tensor([[-1.0]]), torch.tensor([[1.0]]), 4, symmetric=True)
+    assert not torch.signbit(grid.snap(torch.tensor([[-0.01, -0.0]]))).any()

@@ -82,7 +82,7 @@ class Grid:
 
     def codes(self, units: torch.Tensor) -> torch.Tensor:
         """Return the nearest codes, as floats; halves go to the even one."""
-        return (units / self.step).round().maximum(self.low).minimum(self.high)
+        return (units / self.step).round().maximum(self.low).minimum(self.high) + 0.0  # -0.0 would be one more code
 
     def snap(self, units: torch.Tensor) -> torch.Tensor:
         """Return the nearest values of the grid."""
