@@ -56,10 +56,21 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pruning/snip": [{"amount": 0.6}, {"amount": 0.6, "schedule": "cubic", "finetune": {}}],
     "pruning/sparsegpt": [{"amount": 0.6, "batches": 2}, {"pattern": "2:4", "batches": 2, "finetune": {}}],
     "pruning/wanda": [{"amount": 0.6}, {"pattern": "2:4", "schedule": "iterative", "finetune": {}}],
+    "quantization/binary": [
+        {},
+        {"method": "bwn", "gradient": "scaled", "granularity": "tensor", "finetune": {}},
+        {"method": "binary-connect", "stochastic": True, "keep_ends": False, "finetune": {}},
+        {"method": "loss-aware", "finetune": {}},
+    ],
     "quantization/gptq": [
         {"bits": 3, "batches": 2},
         {"bits": 2, "batches": 2, "granularity": "group", "group_size": 32, "symmetric": False, "finetune": {}},
         {"bits": 3, "batches": 2, "granularity": "tensor", "sequential": False, "order": "data"},
+    ],
+    "quantization/ternary": [
+        {},
+        {"threshold": "exact", "granularity": "tensor", "keep_ends": False, "finetune": {}},
+        {"method": "ttq", "finetune": {}},
     ],
     "quantization/uniform": [
         {"bits": 3},

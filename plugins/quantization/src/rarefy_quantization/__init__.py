@@ -15,5 +15,6 @@ if TYPE_CHECKING:
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
     from rarefy_quantization.config import GPTQConfig, KMeansConfig, UniformConfig
+    from rarefy_quantization.low_bit.config import BinaryConfig, TernaryConfig
 
-    return [KMeansConfig, UniformConfig, GPTQConfig]
+    return [KMeansConfig, UniformConfig, GPTQConfig, BinaryConfig, TernaryConfig]

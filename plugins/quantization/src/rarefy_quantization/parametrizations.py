@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -34,3 +35,8 @@ def make_plain_(model: nn.Module, kind: type[nn.Module]) -> None:
                 plain[original] = nn.Parameter(getattr(layer, name).detach(), requires_grad=original.requires_grad)
             parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
             setattr(layer, name, plain[original])
+
+
+def with_gradient(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Return `value`, bit for bit, with the gradient of `source` added to its own."""
+    return value + (source - source.detach())

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rarefy_quantization.grids import Grid, Units, round_step
-from rarefy_quantization.parametrizations import places
+from rarefy_quantization.parametrizations import places, with_gradient
 
 
 class LearnedGrid(nn.Module):
@@ -39,19 +39,14 @@ class LearnedGrid(nn.Module):
         # one update too large must not turn the signs
         value = round_step(self.start * self.factor.detach().clamp(min=0.01))
         largest = self.high.maximum(-self.low)
-        return _with_gradient(value, self.factor * ((self.units.size * largest).rsqrt() / self.start))
+        return with_gradient(value, self.factor * ((self.units.size * largest).rsqrt() / self.start))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight on the grid."""
         step = self.step
         clipped = (self.units.split(weight) / step).maximum(self.low).minimum(self.high)
-        codes = _with_gradient(clipped.detach().round(), clipped)
+        codes = with_gradient(clipped.detach().round(), clipped)
         return self.units.join(codes * step).to(weight.dtype)
-
-
-def _with_gradient(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Return `value`, bit for bit, with the gradient of `source`."""
-    return value + (source - source.detach())
 
 
 def learn_(model: nn.Module, name: str, grid: Grid, units: Units) -> None:

@@ -1,0 +1,1 @@
+"""Weights of one or two bits, trained through the quantizer."""
