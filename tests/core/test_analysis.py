@@ -13,10 +13,12 @@ from rarefy.dependencies import cut, find_dependencies, mask
 from rarefy.dependencies.overview import GroupRow, group_rows
 from rarefy.errors import StageError
 from rarefy.measure import flops
+from rarefy.recipe import load_recipe
 from rarefy.report.group_plot import draw_groups
-from rarefy.sensitivity import Increase
+from rarefy.sensitivity import Increase, layer_effects
 from rarefy.tasks import ClassificationTask
-from rarefy.zoo import digits_cnn
+from rarefy.zoo import digits_cnn, resnet20
+from rarefy_schemas import TechniqueConfig
 from torch import nn
 from torch.nn import functional as F
 
@@ -112,6 +114,41 @@ class TestGroups:
             draw_groups([], tmp_path / "groups.gif", "none")
 
 
+class TestLayerEffects:
+    def test_one_layer_at_a_time_by_hand(self, trained_digits: nn.Module, digits_task: ClassificationTask) -> None:
+        increase = Increase(trained_digits, digits_task)
+        rows = {row.name: row for row in layer_effects(trained_digits, config("magnitude"), digits_task, increase)}
+        assert list(rows) == ["conv1", "conv2", "fc1", "fc2"]
+        changed = copy.deepcopy(trained_digits)
+        weight = changed.fc1.weight.data
+        kept = weight.abs() >= weight.abs().flatten().sort().values[round(0.5 * weight.numel())]
+        noise = weight[~kept].square().sum()
+        weight *= kept
+        assert rows["fc1"].increase == pytest.approx(increase(changed))
+        whole = trained_digits.fc1.weight.detach().square().sum()
+        assert rows["fc1"].signal_to_noise == pytest.approx(float(10 * torch.log10(whole / noise)), rel=1e-4)
+
+    def test_other_shapes_have_no_noise(self, trained_digits: nn.Module, digits_task: ClassificationTask) -> None:
+        rows = layer_effects(trained_digits, config("channel-l1"), digits_task)
+        assert {row.signal_to_noise for row in rows} == {None}
+        assert max(row.increase for row in rows) > 0.01
+
+    def test_what_cannot_be_treated_alone_says_why(self, digits_task: ClassificationTask) -> None:
+        torch.manual_seed(0)
+        rows = layer_effects(resnet20(in_channels=1), config("channel-l1"), digits_task)
+        assert any("is no target" in row.remark for row in rows)
+        assert any(row.increase is not None for row in rows)
+
+    def test_nothing_to_treat_is_an_error(self, digits_task: ClassificationTask) -> None:
+        with pytest.raises(StageError, match="change no layer"):
+            layer_effects(digits_cnn(), config("channel-l1", amount=0.001), digits_task)
+
+
+def config(name: str, **options: Any) -> TechniqueConfig:
+    step = {"technique": f"pruning/{name}", "amount": 0.5, **options}
+    return load_recipe({"steps": [step]}).steps[0]
+
+
 class TestCommand:
     def test_it_prints_the_groups_as_table_json_and_plot(self, rarefy: Any) -> None:
         arguments = ("analyze", "zoo:digits_cnn", "--task", "data:digits", "--groups")
@@ -136,12 +173,29 @@ class TestCommand:
         assert code == 0, err
         assert any("increase_at_16_units" in layer["scores"] for layer in json.loads(out)["layers"])
 
+    def test_layers_are_treated_one_at_a_time(self, rarefy: Any) -> None:
+        arguments = (
+            "analyze", "zoo:digits_cnn", "--task", "data:digits", "--technique", "quantization/uniform",
+            "--sensitivity", "--vary", "bits=8,2",
+        )  # fmt: skip
+        code, out, err = rarefy(*arguments)
+        assert code == 0, err
+        assert out.splitlines()[0].split()[:2] == ["layer", "type"]
+        assert "dB bits=2" in out
+        code, out, _ = rarefy(*arguments, "--json")
+        rows = json.loads(out)
+        assert [(row["setting"], row["name"]) for row in rows] == [
+            (f"bits={bits}", name) for bits in (8, 2) for name in ("conv1", "conv2", "fc1", "fc2")
+        ]
+
     @pytest.mark.parametrize(
         ("options", "told"),
         [
             (("--groups",), "which task?"),
-            (("--plot", "a.svg"), "belong to --groups"),
-            (("--sensitivity",), "belong to --groups"),
+            (("--plot", "a.svg"), "belongs to --groups"),
+            (("--sensitivity",), "add one of them"),
+            (("--technique", "quantization/uniform", "--vary", "bits=8,4"), "--vary belongs to"),
+            (("--technique", "pruning/magnitude", "--task", "data:digits", "--sensitivity", "--vary", "8,4"), "V1,V2"),
             (("--groups", "--technique", "pruning/magnitude"), "leave out --technique"),
             (("--groups", "--task", "data:digits", "--plot", "a.gif"), ".svg, .png, .html"),
         ],

@@ -12,6 +12,7 @@ from rarefy.cli.output import json_option, print_json, print_rows
 from rarefy.cli.tasks import find_task, task_option
 
 if TYPE_CHECKING:
+    from rarefy_schemas import TechniqueConfig
     from torch import nn
 
     from rarefy.task import Task
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
 @click.option("--technique", help="Say what this technique would do to each layer.")
 @click.option("--set", "options", multiple=True, metavar="OPTION=VALUE", help="An option of the technique: amount=0.9.")
 @click.option("--groups", is_flag=True, help="Show the units that must be cut together, and what is pinned and why.")
-@click.option("--sensitivity", is_flag=True, help="With --groups: mask units of each, and measure the loss.")
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Measure the loss: with --groups, units of each masked; with --technique, one layer treated at a time.",
+)
+@click.option(
+    "--vary",
+    metavar="OPTION=V1,V2,...",
+    help="With --technique --sensitivity: an option of the technique at several values, as bits=8,4,3.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="With --groups: draw them to a .svg, .png or .html file.")
 @json_option
 def analyze(
@@ -35,18 +45,25 @@ def analyze(
     options: tuple[str, ...],
     groups: bool,
     sensitivity: bool,
+    vary: str | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """Show the layers of MODEL (a reference or a .rarefy file), its groups, or what a technique would do to them."""
     if technique is not None and groups:
         raise click.UsageError("--groups shows the groups themselves; leave out --technique")
-    if not groups and (sensitivity or plot is not None):
-        raise click.UsageError("--sensitivity and --plot belong to --groups; add it")
+    if not groups and plot is not None:
+        raise click.UsageError("--plot belongs to --groups; add it")
+    if sensitivity and not groups and technique is None:
+        raise click.UsageError("--sensitivity belongs to --groups or to --technique; add one of them")
+    if vary is not None and not (sensitivity and technique is not None):
+        raise click.UsageError("--vary belongs to --technique with --sensitivity; add both")
     network = _network(model, weights)
     task = find_task(task_reference, Path(model), needed=groups or technique is not None)
     if task is not None and groups:
         _show_groups(network, task, sensitivity, plot, as_json, model)
+    elif task is not None and technique is not None and sensitivity:
+        _show_effects(network, task, technique, options, vary, as_json)
     elif task is not None and technique is not None:
         _show_technique(network, task, technique, options, as_json)
     else:
@@ -115,13 +132,47 @@ def _show_groups(
     )
 
 
+def _show_effects(
+    network: nn.Module, task: Task, technique: str, options: tuple[str, ...], vary: str | None, as_json: bool
+) -> None:
+    from rarefy.sensitivity import Increase, layer_effects
+
+    option, _, values = (vary or "").partition("=")
+    if vary is not None and not (option and values):
+        raise click.UsageError(f"--vary {vary}: write OPTION=V1,V2,..., such as bits=8,4,3")
+    settings = [f"{option}={value}" for value in values.split(",")] if vary is not None else [""]
+    increase = Increase(network, task)
+    found = {
+        setting: layer_effects(network, _config(technique, (*options, *filter(None, [setting]))), task, increase)
+        for setting in settings
+    }
+    if as_json:
+        print_json([{"setting": setting, **asdict(row)} for setting, rows in found.items() for row in rows])
+        return
+    by_layer = {setting: {row.name: row for row in rows} for setting, rows in found.items()}
+    layers = {row.name: row.kind for rows in found.values() for row in rows}
+    measure = "loss" if increase.labelled else "outputs"
+    header = ["layer", "type"]
+    for setting in settings:
+        header += [f"{measure} {setting}".strip(), f"dB {setting}".strip()]
+    table, remarks = [], {}
+    for name, kind in layers.items():
+        cells: list[float | str | None] = [name, kind]
+        for setting in settings:
+            row = by_layer[setting].get(name)
+            cells += [row.increase, row.signal_to_noise] if row is not None else [None, None]
+            if row is not None and row.remark:
+                remarks[name] = row.remark
+        table.append(tuple(cells))
+    print_rows(tuple(header), table)
+    for name, remark in remarks.items():
+        click.echo(f"{name}: {remark}")
+
+
 def _show_technique(network: nn.Module, task: Task, technique: str, options: tuple[str, ...], as_json: bool) -> None:
     from rarefy import analyze as analyze_model
-    from rarefy.recipe import load_recipe
 
-    overrides = [f"steps.0.{option}" for option in options]
-    config = load_recipe({"steps": [{"technique": technique}]}, overrides).steps[0]
-    analysis = analyze_model(network, config, task)
+    analysis = analyze_model(network, _config(technique, options), task)
     if as_json:
         print_json(
             {
@@ -135,3 +186,10 @@ def _show_technique(network: nn.Module, task: Task, technique: str, options: tup
     ]
     planned += [(x.name, x.kind, "left alone", x.reason) for x in analysis.skipped]
     print_rows(("layer", "type", "what would happen", "figures or reason"), planned)
+
+
+def _config(technique: str, options: tuple[str, ...]) -> TechniqueConfig:
+    from rarefy.recipe import load_recipe
+
+    overrides = [f"steps.0.{option}" for option in options]
+    return load_recipe({"steps": [{"technique": technique}]}, overrides).steps[0]
