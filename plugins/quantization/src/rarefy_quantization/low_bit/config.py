@@ -16,9 +16,10 @@ class LowBitQuantization(TechniqueConfig):
     """
 
     keep_ends: bool = True
-    """Leave the first and the last layer that an input reaches as they are, as all the papers but BinaryConnect do."""
+    """Leave the first and the last layer that an input reaches as they are, as XNOR-Net and TTQ do."""
     granularity: Literal["tensor", "channel"] = "channel"
-    """What has a scale of its own: the layer, or each output channel."""
+    """What has a scale of its own: the layer, as for TWN and loss-aware binarization in their papers, or each output
+    channel, as for BWN. The values of `binary-connect` and `ttq` are always those of the layer."""
 
     def refuse_foreign(self, method: str, owners: Mapping[str, tuple[str, ...]]) -> None:
         """Raise `ValueError` when an option is given that `method` does not have; `owners` are those that have it."""
@@ -29,10 +30,7 @@ class LowBitQuantization(TechniqueConfig):
 
 
 class BinaryConfig(LowBitQuantization):
-    """Give weights two values, -a and a; with fine-tuning, train real weights through their signs.
-
-    Zeros that a pruning left would be filled, so it cannot come after one.
-    """
+    """Give weights two values, -a and a; with fine-tuning, train real weights through their signs."""
 
     traits: ClassVar[Traits] = Traits(leaves_codes=True, keeps_zeros=False, needs_dense_floats=True)
     implementation: ClassVar[str] = "rarefy_quantization.low_bit.binary:Binary"
