@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from rarefy.curvature import second_derivatives
 from rarefy.errors import StageError
 from rarefy.tasks import ClassificationTask
 from rarefy.weights import layer_weights
 from rarefy_pruning.weights.brain_damage import OptimalBrainDamage
 from rarefy_pruning.weights.config import MagnitudeConfig, OptimalBrainDamageConfig
-from rarefy_pruning.weights.curvature import second_derivatives
 from torch import nn
 from torch.nn import functional as F
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from rarefy.errors import StageError
+from rarefy.gradients import gradients
 from rarefy.tasks import ClassificationTask
 from rarefy.weights import layer_weights
-from rarefy_pruning.measures import gradients, input_norms
+from rarefy_pruning.measures import input_norms
 from rarefy_pruning.weights.config import MagnitudeConfig, MovementConfig, SnipConfig, WandaConfig, WeightPruning
 from rarefy_pruning.weights.movement import Movement
 from rarefy_pruning.weights.snip import Snip

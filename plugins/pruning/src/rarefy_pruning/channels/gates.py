@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from rarefy.gradients import differentiable, labelled, loss_of
 from rarefy.measure.mode import device_of
 from rarefy.task import Task
 from torch import nn
@@ -17,7 +18,6 @@ from torch import nn
 from rarefy_pruning.channels.config import ChannelFisherConfig, ChannelTaylorConfig
 from rarefy_pruning.channels.criterion import ChannelCriterion
 from rarefy_pruning.channels.units import Units
-from rarefy_pruning.measures import differentiable, labelled, loss_of
 
 
 class Taylor(ChannelCriterion[ChannelTaylorConfig]):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from rarefy.curvature import second_derivatives
 from rarefy.task import Task
 from rarefy.weights import LayerWeight
 from torch import nn
 
 from rarefy_pruning.weights.config import OptimalBrainDamageConfig
 from rarefy_pruning.weights.criterion import WeightCriterion
-from rarefy_pruning.weights.curvature import second_derivatives
 
 
 class OptimalBrainDamage(WeightCriterion[OptimalBrainDamageConfig]):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from rarefy.gradients import add_
 from rarefy.task import Task
 from rarefy.weights import LayerWeight
 from torch import nn
 
-from rarefy_pruning.measures import add_
 from rarefy_pruning.weights.config import MovementConfig
 from rarefy_pruning.weights.criterion import WeightCriterion
 

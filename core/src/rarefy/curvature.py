@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rarefy.errors import StageError
-from rarefy.task import Task
-from rarefy.weights import LayerWeight
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rarefy_pruning.measures import add_, differentiable, labelled, loss_of
+from rarefy.errors import StageError
+from rarefy.gradients import add_, differentiable, labelled, loss_of
+from rarefy.task import Task
+from rarefy.weights import LayerWeight
 
 
 def second_derivatives(
