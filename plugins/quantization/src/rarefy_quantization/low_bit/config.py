@@ -72,7 +72,8 @@ class TernaryConfig(LowBitQuantization):
 
     technique: Literal["quantization/ternary"] = "quantization/ternary"
     method: Literal["twn", "ttq"] = "twn"
-    """Values of a weight: -a, 0 and a with the a that fits best; or -n, 0 and p of the layer, which are learned."""
+    """Values of a weight: -a, 0 and a with the a that fits best; or -n, 0 and p of the layer, which are learned.
+    `ttq` trains weights over the largest of the layer, and with Adam wants a learning rate near 0.01."""
     threshold: Literal["approximate", "exact"] = "approximate"
     """Magnitude above which `twn` keeps a weight: 0.7 times the mean of those that are not zero, or the one with the
     least squared error, which sorts the weights at every step."""

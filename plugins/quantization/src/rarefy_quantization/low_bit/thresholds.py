@@ -59,21 +59,24 @@ class TrainedTernary(Projection):
     of a real weight, eq. 8, is that of its quantized one times p beyond the threshold, n on the other side, and 1
     between.
 
-    p and n are learned as factors on the values they begin with, the mean magnitudes of what they stand for. SGD moves
-    them as the paper does; the updates of Adam, whose size is the learning rate, become shares of them.
+    p and n are learned as factors on the values they begin with, the mean magnitudes of what they stand for, so that
+    the updates of Adam, whose size is the learning rate, become shares of them. SGD moves each by the mean of eq. 7
+    over the weights it stood for at the start, not the sum, which at rates that suit weights makes training diverge.
     """
 
     first: torch.Tensor
+    counts: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, share: float) -> None:
         super().__init__()
         self.share = share
         values = wide(weight)
         threshold = share * values.abs().max()
-        sides = [values[values > threshold], -values[values < -threshold]]
-        means = [side.mean() for side in sides if side.numel()]
-        # a side without weights may get some: it begins with the value of the other
-        self.register_buffer("first", torch.stack([means[0], means[-1]]))
+        sides = [side for side in (values[values > threshold], -values[values < -threshold]) if side.numel()]
+        # a side without weights may get some: it begins as the other
+        sides = [sides[0], sides[-1]]
+        self.register_buffer("first", torch.stack([side.mean() for side in sides]))
+        self.register_buffer("counts", values.new_tensor([side.numel() for side in sides]))
         self.factor = nn.Parameter(torch.ones_like(self.first))
 
     def start(self, weight: torch.Tensor) -> torch.Tensor:
@@ -85,7 +88,7 @@ class TrainedTernary(Projection):
         """The values p and n, `(2,)`."""
         # one update too large must not turn the signs
         value = self.first * self.factor.detach().clamp(min=0.01)
-        return with_gradient(value, self.factor / self.first)
+        return with_gradient(value, self.factor / (self.first * self.counts))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the quantized weight."""
