@@ -78,7 +78,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 2, "range": "percentile", "granularity": "group", "group_size": 32},
         {"range": "entropy", "granularity": "tensor", "finetune": {}},
     ],
-    "quantization/kmeans": [{"bits": 3}, {"bits": 3, "init": "random", "finetune": {}}],
+    "quantization/entropy-constrained": [{"rate": 2.0}, {"rate": 1.5, "importance": "curvature", "finetune": {}}],
+    "quantization/kmeans": [
+        {"bits": 3},
+        {"bits": 3, "init": "random", "finetune": {}},
+        {"bits": 3, "importance": "curvature", "batches": 1},
+    ],
 }
 CASES = [(name, options) for name in get().techniques for options in OPTIONS.get(name, [{}, {"finetune": {}}])]
 

@@ -320,7 +320,7 @@ def test_another_quantizer_is_a_few_lines() -> None:
     class Signs(TensorQuantizer[KMeansConfig]):
         """Mean magnitude times sign."""
 
-        def quantize(self, values: torch.Tensor, count: int, generator: torch.Generator) -> Any:
+        def quantize(self, values: torch.Tensor, importance: Any, count: int, generator: torch.Generator) -> Any:
             return (values > 0).long(), values.abs().mean() * torch.tensor([-1.0, 1.0])
 
     model = network()

@@ -21,6 +21,17 @@ class WeightSharing(TechniqueConfig):
     """Bits of single layers by name pattern (`features.*: 8`); the first pattern that matches counts."""
     biases: bool = False
     """Whether biases get a codebook too."""
+    importance: Literal["none", "curvature"] = "none"
+    """What weighs the squared error of a weight: nothing, or the second derivative of the loss in it, measured on
+    labelled data."""
+    batches: int = Field(default=4, ge=1)
+    """Training batches that `importance: curvature` looks at."""
+    probes: int = Field(default=8, ge=1)
+    """Products with the Hessian per layer and batch that it takes; more are more precise."""
+
+    def needed_data(self) -> DataNeed:
+        """Return `labelled` where the loss is differentiated."""
+        return "none" if self.importance == "none" else "labelled"
 
 
 class KMeansConfig(WeightSharing):
@@ -28,7 +39,8 @@ class KMeansConfig(WeightSharing):
 
     implementation: ClassVar[str] = "rarefy_quantization.kmeans:KMeans"
     paper: ClassVar[str] = (
-        "Han, Mao & Dally 2016, Deep Compression; Gong et al. 2014, Compressing deep convolutional networks"
+        "Han, Mao & Dally 2016, Deep Compression; Gong et al. 2014, Compressing deep convolutional networks; Choi et "
+        "al. 2017, Towards the limit of network quantization (`importance: curvature`)"
     )
 
     technique: Literal["quantization/kmeans"] = "quantization/kmeans"
@@ -36,6 +48,25 @@ class KMeansConfig(WeightSharing):
     """First centroids: evenly from the least to the greatest weight, at even quantiles, or random weights."""
     rounds: int = Field(default=10_000, ge=1)
     """Most iterations per layer; it stops earlier when no weight changes its centroid."""
+
+
+class EntropyConstrainedConfig(WeightSharing):
+    """Share weights so that error and entropy of the codes are least together, at one price of a bit in all layers."""
+
+    implementation: ClassVar[str] = "rarefy_quantization.entropy_constrained:EntropyConstrained"
+    paper: ClassVar[str] = (
+        "Choi, El-Khamy & Lee 2017, Towards the limit of network quantization; Chou, Lookabaugh & Gray 1989, "
+        "Entropy-constrained vector quantization"
+    )
+
+    technique: Literal["quantization/entropy-constrained"] = "quantization/entropy-constrained"
+    bits: Bits = 6
+    """A layer starts from 2^bits evenly spaced values, and loses those that are not worth their bits."""
+    rate: float = Field(gt=0, le=8)
+    """Entropy of the codes, mean over all weights that are not zero, in bits; layers get as much of it as lowers the
+    error most."""
+    rounds: int = Field(default=100, ge=1)
+    """Most iterations per layer; it stops earlier when no weight changes its value."""
 
 
 GridBits = Annotated[int, Field(ge=2, le=8)]

@@ -10,17 +10,17 @@ from rarefy_quantization.sharing import TensorQuantizer
 
 
 class KMeans(TensorQuantizer[KMeansConfig]):
-    """Least squared error within a layer (Deep Compression, eq. 2)."""
+    """Least squared error within a layer (Deep Compression, eq. 2), weighed by importance where that is known."""
 
     def quantize(
-        self, values: torch.Tensor, count: int, generator: torch.Generator
+        self, values: torch.Tensor, importance: torch.Tensor | None, count: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cluster the values; up to `count` distinct ones are kept as they are."""
         precise = values.double()
-        ordered = precise.sort().values
+        ordered, order = precise.sort()
         codebook = torch.unique_consecutive(ordered)
         if codebook.numel() > count:
             start = INITS[self.config.init](ordered, count, generator)
-            codebook = lloyd(ordered, start, self.config.rounds)
+            codebook = lloyd(ordered, start, self.config.rounds, None if importance is None else importance[order])
         codebook = torch.unique(codebook.to(values.dtype))
         return nearest(precise, codebook.double()), codebook

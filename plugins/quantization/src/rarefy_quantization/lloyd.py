@@ -1,4 +1,4 @@
-"""One-dimensional k-means on sorted values, where a cluster is a slice and its sum a difference of two prefix sums."""
+"""One-dimensional k-means on sorted values, where a cluster is a slice and its sums are differences of prefix sums."""
 
 from __future__ import annotations
 
@@ -31,25 +31,31 @@ def nearest(values: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(values, _middles(centroids))
 
 
-def lloyd(ordered: torch.Tensor, start: torch.Tensor, rounds: int) -> torch.Tensor:
+def lloyd(
+    ordered: torch.Tensor, start: torch.Tensor, rounds: int, importance: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the centroids, ascending, that Lloyd's iterations reach from `start`.
 
-    `ordered` is ascending, float64, and has more than `start.numel()` distinct values. At the end each centroid is the
-    mean of the values nearest to it, unless `rounds` ran out. A centroid that lost all its values comes back by
-    splitting the cluster with the largest squared error at its mean.
+    `ordered` is ascending, float64, and has more than `start.numel()` distinct values; `importance` > 0 weighs the
+    squared error of each (Choi et al. 2017, eq. 11 and 12: which centroid is nearest does not depend on it). At the end
+    each centroid is the mean of the values nearest to it, unless `rounds` ran out. A centroid that lost all its values
+    comes back by splitting the cluster with the largest squared error at its mean.
     """
     count, centroids, before = start.numel(), start, None
-    sums, squares = (F.pad(power.cumsum(0), (1, 0)) for power in (ordered, ordered.square()))
+    weights = torch.ones_like(ordered) if importance is None else importance
+    mass, sums, squares = (
+        F.pad((weights * power).cumsum(0), (1, 0)) for power in (torch.ones_like(ordered), ordered, ordered.square())
+    )
     for _ in range(rounds):
         edges = _edges(ordered, centroids)
         if before is not None and torch.equal(edges, before):
             break
         before = edges
         filled = torch.unique_consecutive(edges)
-        centroids = sums[filled].diff() / filled.diff()
+        centroids = sums[filled].diff() / mass[filled].diff()
         if centroids.numel() < count:
-            errors = squares[filled].diff() - centroids.square() * filled.diff()
-            centroids = _split_worst(ordered, sums, filled, centroids, errors, count)
+            errors = squares[filled].diff() - centroids.square() * mass[filled].diff()
+            centroids = _split_worst(ordered, mass, sums, filled, centroids, errors, count)
     return centroids
 
 
@@ -65,6 +71,7 @@ def _edges(ordered: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 def _split_worst(
     ordered: torch.Tensor,
+    mass: torch.Tensor,
     sums: torch.Tensor,
     edges: torch.Tensor,
     centroids: torch.Tensor,
@@ -79,4 +86,4 @@ def _split_worst(
     cuts = torch.searchsorted(ordered, centroids[worst], right=True)
     cuts = cuts.maximum(first[worst] + 1).minimum(last[worst] - 1)
     edges = torch.cat([edges, cuts]).sort().values
-    return sums[edges].diff() / edges.diff()
+    return sums[edges].diff() / mass[edges].diff()
