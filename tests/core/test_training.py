@@ -176,4 +176,5 @@ def test_learning_rate_schedules() -> None:
 def test_precision_can_change_from_one_training_to_the_next(model: nn.Module, task: ClassificationTask) -> None:
     for precision in ("bf16", "no", "bf16"):
         trained = fit(copy.deepcopy(model), model, task, Finetune(precision=precision))
+        assert "forward" not in vars(trained.model)
         assert math.isfinite(trained.history[-1]["loss"])

@@ -51,6 +51,7 @@ def fit(
     engine = _engine(config, next(model.parameters()).device)
     optimizer = _optimizer(parameters, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config))
+    attributes = dict(vars(model))
     wrapped, optimizer, loader = engine.prepare(model, optimizer, loader)
     was_training, teacher_training = model.training, teacher.training
     loop = _Loop(engine, wrapped, model, teacher.eval(), task, config, rules, optimizer, schedule, steps)
@@ -60,9 +61,18 @@ def fit(
     finally:
         model.train(was_training)
         teacher.train(teacher_training)
+        _restore_forward_(model, attributes)
         for parameter in parameters:
             parameter.grad = None
     return Trained(model, tuple(history))
+
+
+def _restore_forward_(model: nn.Module, before: dict[str, Any]) -> None:
+    """Take away the forward that mixed precision put in the place of the model's own."""
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+        if name in before:
+            vars(model)[name] = before[name]
 
 
 @dataclass
