@@ -18,6 +18,7 @@ MODULES = (
     "pruning.accuracy",
     "pruning.deep_compression",
     "pruning.widths",
+    "quantization.post_training",
 )
 
 

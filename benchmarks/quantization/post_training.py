@@ -1,0 +1,109 @@
+"""ResNet-20 on Fashion-MNIST, quantized without training: accuracy against bytes on disk, for every method.
+
+python -m benchmarks.quantization.post_training --data FOLDER [--weights FOLDER] [--seeds 0 1 2]
+
+The folders are those of benchmarks.pruning.accuracy. Every setting that is listed here was run, and nothing was chosen
+by its result; the test split is measured once for each network. Results are kept one by one, so that a call goes on
+where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rarefy.artifact import encoded_size
+from rarefy.modules import as_base
+from rarefy.nouns import implement
+from rarefy.recipe import load_recipe
+from rarefy.tasks.data import fashion_mnist
+from torch import nn
+
+from benchmarks.pruning.accuracy import trained
+
+RESULTS = Path(__file__).parent.parent / "results" / "quantization-post-training.json"
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{f"uniform, {r}, {b} bits": {"technique": "uniform", "range": r, "bits": b} for b in (8, 4, 3) for r in
+       ("min-max", "percentile", "mse", "entropy")},
+    **{f"gptq, {r}, {b} bits": {"technique": "gptq", "range": r, "bits": b} for b in (8, 4, 3, 2) for r in
+       ("min-max", "mse")},
+    **{f"kmeans, {b} bits": {"technique": "kmeans", "bits": b} for b in (4, 3, 2)},
+    **{f"entropy-constrained, {rate} bits": {"technique": "entropy-constrained", "rate": rate} for rate in (3, 2, 1.5)},
+    **{
+        f"entropy-constrained by curvature, {rate} bits": {
+            "technique": "entropy-constrained", "rate": rate, "importance": "curvature",
+        }
+        for rate in (3, 2, 1.5)
+    },
+}  # fmt: skip
+
+
+def quantized(model: nn.Module, task: Any, setting: dict[str, Any]) -> nn.Module:
+    """Return the network after one technique of the family, with its other options left alone."""
+    step = {**setting, "technique": f"quantization/{setting['technique']}"}
+    technique = implement(load_recipe({"steps": [step]}).steps[0])
+    changed = technique.transform(copy.deepcopy(model), technique.analyze(model, task), task)
+    return technique.consolidate(changed)
+
+
+def measured(model: nn.Module, original: nn.Module, task: Any) -> dict[str, float]:
+    """Return accuracy, bytes of the artifact, and bits of it per parameter."""
+    size = encoded_size(model, as_base(original))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return {"test": task.score(model, "test"), "bytes": size, "bits": 8 * size / count}
+
+
+def section(results: dict[str, dict[str, float]]) -> str:
+    """Return the results as a section of a page."""
+    seeds = sorted({key.rpartition(" | ")[2] for key in results})
+    lines = [
+        "## Quantized after training",
+        "",
+        f"ResNet-20 on Fashion-MNIST, weights quantized, nothing trained afterwards; mean over {len(seeds)} trained "
+        "networks (lowest to highest accuracy); every byte of the file counted, BatchNorm in float32 included.",
+        "",
+        "| method | accuracy on the test split | bytes | smaller | bits per parameter |",
+        "|---|---|---|---|---|",
+    ]
+    found: dict[str, list[dict[str, float]]] = {}
+    for key, result in results.items():
+        found.setdefault(key.rpartition(" | ")[0], []).append(result)
+    whole = statistics.mean(r["bytes"] for r in found["float32"])
+    for name in ("float32", *SETTINGS):
+        if runs := found.get(name):
+            scores, size = [r["test"] for r in runs], statistics.mean(r["bytes"] for r in runs)
+            lines.append(
+                f"| {name} | {statistics.mean(scores):.2%} ({min(scores):.2%} to {max(scores):.2%}) | {size:,.0f} | "
+                f"{whole / size:.1f}x | {statistics.mean(r['bits'] for r in runs):.2f} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    task = fashion_mnist(chosen.data)
+    done: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for seed in chosen.seeds:
+        model = trained(task, seed, chosen.weights)
+        for name, setting in ({"float32": None} | SETTINGS).items():
+            key = f"{name} | seed {seed}"
+            if key not in done:
+                small = model if setting is None else quantized(model, task, setting)
+                done[key] = measured(small, model, task)
+                RESULTS.write_text(json.dumps(done, indent=1) + "\n")
+                print(f"{key}: {done[key]['test']:.2%}, {done[key]['bytes']:,} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    main()
