@@ -63,7 +63,7 @@ class ChannelPruning(TechniqueConfig):
     (He et al. 2017, ThiNet): most of the accuracy is there again before any fine-tuning, which then wants a learning
     rate low enough to keep it."""
     reconstruct_batches: int = Field(default=16, ge=1)
-    """Calibration batches that `reconstruct` looks at."""
+    """Calibration batches that `reconstruct` looks at, once for each layer that lost inputs; fewer are faster."""
     rounds: int = Field(default=1, ge=1)
     """Number of times the step is done, each followed by its fine-tuning; together they remove what is asked for."""
 
