@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,17 @@ def found() -> tuple[nn.Sequential, Dependencies]:
 def test_models_that_cannot_be_analyzed(build: Callable[[], nn.Module], inputs: Any, message: str) -> None:
     with pytest.raises(StageError, match=message):
         find_dependencies(build(), inputs)
+
+
+def test_a_model_wrapped_for_several_processes_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(plain())
+        with pytest.raises(StageError, match=r"DistributedDataParallel cannot be analyzed: pass its `\.module`"):
+            find_dependencies(wrapped, (X,))
+        assert find_dependencies(wrapped.module, (X,)).groups
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
