@@ -46,7 +46,7 @@ def test_a_run_and_everything_that_looks_at_it(rarefy: Any) -> None:
     assert out.startswith("accuracy on test: ")
 
     code, out, _ = rarefy("inspect", file, "--json")
-    assert {row["coding"] for row in json.loads(out)["tensors"]} <= {"raw", "codebook", "steps"}
+    assert {row["coding"] for row in json.loads(out)["tensors"]} <= {"raw", "codebook", "steps", "vectors"}
     code, out, _ = rarefy("inspect", file)
     assert "base: zoo:digits_cnn" in out
 

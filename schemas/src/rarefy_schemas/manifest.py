@@ -11,7 +11,7 @@ from rarefy_schemas.recipe import ModelReference
 
 ARTIFACT_VERSION = 1
 
-Coding = Literal["raw", "codebook", "steps"]
+Coding = Literal["raw", "codebook", "steps", "vectors"]
 Size = Annotated[int, Field(ge=0, le=2**48)]
 
 
@@ -51,7 +51,8 @@ class TensorEntry(Schema):
     shape: tuple[Size, ...]
     coding: Coding
     """`raw`: little-endian values; `codebook`: distinct values once, then range-coded codes; `steps`: a step for each
-    row, group or the whole, then range-coded multiples."""
+    row, group or the whole, then range-coded multiples; `vectors`: distinct vectors of consecutive values once, then
+    range-coded ranks."""
     length: Size
     """Bytes of its part."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")

@@ -13,7 +13,7 @@ from rarefy_schemas import ARTIFACT_VERSION, Coding, Manifest, ModelSpec, Tensor
 from torch import nn
 
 from rarefy import __version__
-from rarefy.artifact import codebook, steps
+from rarefy.artifact import codebook, steps, vectors
 from rarefy.artifact.bits import DTYPES, Bits, elements, from_bits, name_of, stored, to_bits
 from rarefy.artifact.container import Container, head, opened
 from rarefy.artifact.filling import fill, tensors_of
@@ -132,6 +132,7 @@ def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...]) -> tuple[Coding, m
     coded: dict[Coding, bytes | None] = {
         "codebook": codebook.encode(bits),
         "steps": steps.encode(bits, dtype, shape),
+        "vectors": vectors.encode(bits, shape),
     }
     parts = [plain, *((coding, memoryview(part)) for coding, part in coded.items() if part is not None)]
     return min(parts, key=lambda part: len(part[1]))
@@ -150,6 +151,8 @@ def _bits(entry: TensorEntry, part: bytearray, itemsize: int) -> Bits:
         return codebook.decode(part, itemsize, elements(entry.shape))
     if entry.coding == "steps":
         return steps.decode(part, entry.dtype, elements(entry.shape))
+    if entry.coding == "vectors":
+        return vectors.decode(part, itemsize, elements(entry.shape))
     return np.frombuffer(part, stored(itemsize))
 
 

@@ -19,6 +19,7 @@ from rarefy.errors import ArtifactError
 MOST_VALUES = 65536
 _CHUNK = 1 << 20
 _WORD = np.dtype("<u4")
+_PLAIN, _CODED = b"\0", b"\1"
 
 
 def encode(bits: Bits) -> bytes | None:
@@ -69,6 +70,34 @@ def histogram(bits: Bits) -> tuple[Bits, NDArray[np.int64]]:
         counts += np.bincount(bits[start : start + _CHUNK], minlength=counts.size)
     values = np.flatnonzero(counts)
     return values.astype(bits.dtype), counts[values]
+
+
+def section(numbers: Bits) -> bytes:
+    """Return numbers as a section: 0 and the plain little-endian numbers, or 1 and what `encode` makes of them."""
+    coded = encode(numbers)
+    return _PLAIN + numbers.tobytes() if coded is None else _CODED + coded
+
+
+def read_section(data: bytes | bytearray, itemsize: int, size: int) -> Bits:
+    """Return the `size` numbers of a section; raise `ArtifactError` when it is not sound."""
+    if data[:1] == _CODED:
+        return decode(data[1:], itemsize, size)
+    if data[:1] != _PLAIN or len(data) != 1 + size * itemsize:
+        raise ArtifactError(f"{size} numbers of {itemsize} bytes do not stand in {len(data)} bytes")
+    return np.frombuffer(data, stored(itemsize), offset=1)
+
+
+def measured(data: bytes) -> bytes:
+    """Return bytes with their number before them."""
+    return varint(len(data)) + data
+
+
+def read_measured(data: bytes | bytearray, start: int) -> tuple[bytes | bytearray, int]:
+    """Return the bytes that start at `start` with their number, and where they end."""
+    length, start = read_varint(data, start)
+    if length > len(data) - start:
+        raise ArtifactError("a section is cut off")
+    return data[start : start + length], start + length
 
 
 def varint(number: int) -> bytes:

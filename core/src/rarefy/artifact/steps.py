@@ -2,9 +2,9 @@
 
 A part is, all numbers as base-128 varints: the width of a line and the size of a group (see `grids.Grid`); the code of
 symbol 0 (zigzag); whether symbol 0 means -0.0 instead (0 or 1); the bytes of a symbol (1 or 2). Then the steps, one
-section with its length for each byte of the tensor's type, low bytes first; then a section with the symbols. A section
-is 0 and the plain little-endian numbers, or 1 and what `codebook` makes of them. An element is its code times its
-group's step. The product is exact, so it is the same on every platform.
+section with its length for each byte of the tensor's type, low bytes first; then a section with the symbols (see
+`codebook.section`). An element is its code times its group's step. The product is exact, so it is the same on every
+platform.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from rarefy.artifact import codebook
 from rarefy.artifact.bits import Bits, stored
-from rarefy.artifact.codebook import read_varint, varint
+from rarefy.artifact.codebook import measured, read_measured, read_section, read_varint, section, varint
 from rarefy.artifact.grids import GROUPS, LARGEST_CODE, SMALLEST_STEP, Floats, Grid, candidates
 from rarefy.errors import ArtifactError
 
 _ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CHUNK = 1 << 16
-_PLAIN, _CODED = b"\0", b"\1"
 
 
 def encode(bits: Bits, dtype: str, shape: tuple[int, ...]) -> bytes | None:
@@ -44,7 +43,7 @@ def encode(bits: Bits, dtype: str, shape: tuple[int, ...]) -> bytes | None:
             best = cost, head, symbols
     if best is None or best[0] >= bits.nbytes:
         return None
-    part = best[1] + _section(best[2])
+    part = best[1] + section(best[2])
     return part if len(part) < bits.nbytes else None
 
 
@@ -60,7 +59,7 @@ def decode(part: bytes | bytearray, dtype: str, size: int) -> Bits:
         raise ArtifactError("the symbols have no known form")
     grid, lowest = Grid(width, group), (zigzag >> 1) ^ -(zigzag & 1)
     steps, at = _read_steps(part, at, dtype, size // width * grid.per_line)
-    symbols = _read_section(part[at:], itemsize, size)
+    symbols = read_section(part[at:], itemsize, size)
     if not -LARGEST_CODE - signed <= lowest <= LARGEST_CODE - int(symbols.max()):
         raise ArtifactError(f"the codes exceed {LARGEST_CODE}")
     codes = np.arange(lowest, lowest + int(symbols.max()) + 1).astype(np.float64)
@@ -120,35 +119,18 @@ def _numbers(part: bytes | bytearray) -> tuple[list[int], int]:
 def _planes(steps: Bits) -> Iterator[bytes]:
     """Yield one section for each byte of the steps: signs and exponents are alike, low bytes of mantissas often 0."""
     for plane in steps.view(np.uint8).reshape(-1, steps.itemsize).T:
-        section = _section(np.ascontiguousarray(plane))
-        yield varint(len(section)) + section
+        yield measured(section(np.ascontiguousarray(plane)))
 
 
 def _read_steps(part: bytes | bytearray, at: int, dtype: str, count: int) -> tuple[Floats, int]:
     planes = []
     for _ in range(_ITEMSIZES[dtype]):
-        length, at = read_varint(part, at)
-        if length > len(part) - at:
-            raise ArtifactError("the steps are cut off")
-        planes.append(_read_section(part[at : at + length], 1, count))
-        at += length
+        data, at = read_measured(part, at)
+        planes.append(read_section(data, 1, count))
     steps = _widened(np.stack(planes, axis=1).reshape(-1).view(stored(len(planes))), dtype)
     if not (np.isfinite(steps) & (steps >= SMALLEST_STEP)).all():
         raise ArtifactError("a step is not a positive number")
     return steps, at
-
-
-def _section(numbers: Bits) -> bytes:
-    coded = codebook.encode(numbers)
-    return _PLAIN + numbers.tobytes() if coded is None else _CODED + coded
-
-
-def _read_section(section: bytes | bytearray, itemsize: int, size: int) -> Bits:
-    if section[:1] == _CODED:
-        return codebook.decode(section[1:], itemsize, size)
-    if section[:1] != _PLAIN or len(section) != 1 + size * itemsize:
-        raise ArtifactError(f"{size} numbers of {itemsize} bytes do not stand in {len(section)} bytes")
-    return np.frombuffer(section, stored(itemsize), offset=1)
 
 
 def _widened(bits: Bits, dtype: str) -> Floats:
