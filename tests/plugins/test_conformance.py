@@ -79,6 +79,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"range": "entropy", "granularity": "tensor", "finetune": {}},
     ],
     "quantization/entropy-constrained": [{"rate": 2.0}, {"rate": 1.5, "importance": "curvature", "finetune": {}}],
+    "quantization/vector": [{"length": 4, "codes": 16}, {"length": 2, "codes": 8, "finetune": {}}],
     "quantization/kmeans": [
         {"bits": 3},
         {"bits": 3, "init": "random", "finetune": {}},

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 @hookimpl
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
-    from rarefy_quantization.config import EntropyConstrainedConfig, GPTQConfig, KMeansConfig, UniformConfig
+    from rarefy_quantization.config import (
+        EntropyConstrainedConfig,
+        GPTQConfig,
+        KMeansConfig,
+        UniformConfig,
+        VectorConfig,
+    )
     from rarefy_quantization.low_bit.config import BinaryConfig, TernaryConfig
 
-    return [KMeansConfig, EntropyConstrainedConfig, UniformConfig, GPTQConfig, BinaryConfig, TernaryConfig]
+    shared = [KMeansConfig, EntropyConstrainedConfig, VectorConfig]
+    return [*shared, UniformConfig, GPTQConfig, BinaryConfig, TernaryConfig]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +35,20 @@ class Coded:
         """Return the tensor."""
         return self.codebook[self.codes.long()]
 
+    def lookup(self) -> Lookup:
+        """Return the parametrization of a tensor by its codebook."""
+        return Shared(self)
+
     def entropy(self) -> float:
         """Return the order-0 entropy of the codes in bits per entry."""
         return entropy(self.codes)
 
 
-class Shared(nn.Module):
+class Lookup(nn.Module):
+    """Parametrization of a tensor by what its codes are looked up in."""
+
+
+class Shared(Lookup):
     """Parametrization of a tensor by its codebook; the gradient of an entry is the sum over the weights that use it.
 
     (Deep Compression, eq. 3.) The entry of the zeros is no parameter.
@@ -64,13 +73,23 @@ class Shared(nn.Module):
         return full[1:] if self.zeros else full
 
 
-def share_(model: nn.Module, name: str, coded: Coded) -> None:
+class Decodable(Protocol):
+    """A tensor as codes and what they are looked up in."""
+
+    def decode(self) -> torch.Tensor:
+        """Return the tensor."""
+
+    def lookup(self) -> Lookup:
+        """Return the parametrization of the tensor by what its codes are looked up in."""
+
+
+def share_(model: nn.Module, name: str, coded: Decodable) -> None:
     """Parametrize the parameter `name` by its codebook, in every layer that uses it."""
     parameter = model.get_parameter(name)
     codebook: nn.Parameter | None = None
     for layer, own_name in places(model, parameter):
         setattr(layer, own_name, nn.Parameter(coded.decode(), requires_grad=parameter.requires_grad))
-        parametrize.register_parametrization(layer, own_name, Shared(coded))
-        lookup = computed(layer, Shared)[own_name]
+        parametrize.register_parametrization(layer, own_name, coded.lookup())
+        lookup = computed(layer, Lookup)[own_name]
         codebook = lookup.original if codebook is None else codebook
         lookup.original = codebook

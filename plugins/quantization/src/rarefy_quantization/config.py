@@ -69,6 +69,26 @@ class EntropyConstrainedConfig(WeightSharing):
     """Most iterations per layer; it stops earlier when no weight changes its value."""
 
 
+class VectorConfig(TechniqueConfig):
+    """Share vectors of consecutive weights: k-means over those of each layer, then fine-tuning of the centroids."""
+
+    traits: ClassVar[Traits] = Traits(leaves_codes=True, keeps_zeros=False, needs_dense_floats=True)
+    implementation: ClassVar[str] = "rarefy_quantization.vectors:VectorQuantization"
+    paper: ClassVar[str] = (
+        "Gong et al. 2014, Compressing deep convolutional networks using vector quantization; Stock et al. 2020, And "
+        "the bit goes down: revisiting the quantization of neural networks (one codebook per layer, fine-tuned)"
+    )
+
+    technique: Literal["quantization/vector"] = "quantization/vector"
+    length: Literal[2, 3, 4, 6, 8, 9, 16, 25, 32] = 4
+    """Weights of a vector: consecutive ones of a row, which is all that makes one output; a 3 x 3 kernel has 9."""
+    codes: int = Field(default=256, ge=2, le=65536)
+    """Number of vectors that a layer may take; a weight costs log2(codes) / length bits, and the codebook comes on
+    top."""
+    rounds: int = Field(default=50, ge=1)
+    """Most iterations per layer; it stops earlier when no vector changes its centroid."""
+
+
 GridBits = Annotated[int, Field(ge=2, le=8)]
 
 

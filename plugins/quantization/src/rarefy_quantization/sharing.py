@@ -15,7 +15,7 @@ from rarefy.weights import LayerWeight, layer_weights, per_layer
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
-from rarefy_quantization.codes import Coded, Shared, share_
+from rarefy_quantization.codes import Coded, Lookup, share_
 from rarefy_quantization.config import WeightSharing
 from rarefy_quantization.parametrizations import make_plain_
 
@@ -69,7 +69,7 @@ class TensorQuantizer(Technique[ConfigT]):
 
     def consolidate(self, model: nn.Module) -> nn.Module:
         """Leave plain weights that take the values of the fine-tuned codebooks."""
-        make_plain_(model, Shared)
+        make_plain_(model, Lookup)
         return model
 
     @torch.no_grad()
