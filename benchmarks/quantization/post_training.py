@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"gptq, {r}, {b} bits": {"technique": "gptq", "range": r, "bits": b} for b in (8, 4, 3, 2) for r in
        ("min-max", "mse")},
     **{f"kmeans, {b} bits": {"technique": "kmeans", "bits": b} for b in (4, 3, 2)},
+    **{f"vector, {codes} of {length}": {"technique": "vector", "codes": codes, "length": length} for codes, length in
+       ((256, 4), (256, 9))},
     **{f"entropy-constrained, {rate} bits": {"technique": "entropy-constrained", "rate": rate} for rate in (3, 2, 1.5)},
     **{
         f"entropy-constrained by curvature, {rate} bits": {
