@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rarefy.dependencies import cut, find_dependencies
 from rarefy.dependencies.finding import observe
 from torch import nn
 
@@ -104,3 +105,48 @@ def test_places_without_values_are_not_read(name: str, oracle: Any, caplog: pyte
     assert not observe(model, (X,)).trace.valueless
     assert "where its channels go depends on values" in caplog.text
     assert {member.tensor for member in oracle(model, X)["a"].members} >= {"a.weight", "table", "b.weight"}
+
+
+class Tied(nn.Module):
+    """An embedding under a normalization is the output layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.a = nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        return nn.functional.linear(self.norm(x + self.a(self.norm(x)).relu()), self.embed.weight)
+
+
+def test_the_width_of_a_tied_embedding_is_free() -> None:
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.arange(9).unsqueeze(0)
+    deps = find_dependencies(model, (tokens,))
+    group = next(group for group in deps.groups if any(member.tensor == "norm.weight" for member in group.members))
+    assert (group.pinned, group.units) == (None, 8)
+    assert cut(model, deps, {group.name: torch.arange(3)})(tokens).shape == (1, 9, 9)
+
+
+class Apart(nn.Module):
+    """Three layers far from each other have to be equally wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.i(x)
+        for block in self.blocks:
+            x = x + block(x).view(len(x), x.shape[1])
+        return self.o(x)
+
+
+def test_widths_that_agree_by_force_are_tied_across_the_model() -> None:
+    torch.manual_seed(0)
+    model = Apart()
+    deps = find_dependencies(model, (X,))
+    (group,) = deps.groups
+    assert {member.tensor for member in group.members} >= {"i.weight", "blocks.0.0.weight", "blocks.1.0.weight"}
+    assert cut(model, deps, {group.name: torch.arange(3)})(X).shape == (2, 2)

@@ -277,7 +277,16 @@ class _Settling:
     def _tie_or_pin(self, names: Sequence[str], failure: _Failure) -> None:
         """Tie groups that run only when as many units of each are gone, and pin those that fail anyhow."""
         near = [name for name in names if self._touches(name, failure.module)] or list(names)
+        # what has to go with them may be elsewhere
+        if self._tie_equal(near) or self._tie_equal(names):
+            return
         alone = {name: found for name in near if (found := self._failure([name])) is not None}
+        for name in alone or near:
+            self._pin(name, alone.get(name, failure).reason)
+
+    def _tie_equal(self, names: Sequence[str]) -> bool:
+        """Tie those of the groups that fail alone and run together; tell whether there are any."""
+        alone = [name for name in names if self._failure([name]) is not None]
         tied: set[str] = set()
         for count in dict.fromkeys(self.groups[name].units for name in alone):
             alike = [name for name in alone if self.groups[name].units == count]
@@ -286,8 +295,7 @@ class _Settling:
                 if len(some) > 1 and not tied.issuperset(some) and self._failure(some) is None:
                     self.run.unite(some)
                     tied.update(some)
-        for name in alone.keys() - tied if alone else near:
-            self._pin(name, alone.get(name, failure).reason)
+        return bool(tied)
 
     def _touches(self, name: str, module: str) -> bool:
         """Tell whether a group has a member in a module or beside it."""
@@ -341,8 +349,22 @@ class _Settling:
         return not finite(whole) and same_outputs(compact, faint, 1e-3)
 
     def _comparable(self, group: Group) -> bool:
-        """Tell whether there is something to compare a cut with."""
-        return not group.changes_statistics or (group.name not in self.run.ratios and has_twins(group))
+        """Tell whether there is something to compare a cut with.
+
+        A tensor that makes the units and reads them, as an embedding tied to the output layer, can neither be a copy
+        nor be zero.
+        """
+        if not group.changes_statistics:
+            return True
+        both = any(member.reads and member.tensor in self.makers for member in group.members)
+        return group.name not in self.run.ratios and has_twins(group) and not both
+
+    @cached_property
+    def makers(self) -> set[str]:
+        """The tensors that are embeddings, whatever else they are."""
+        modules = dict(self.given.named_modules())
+        found = [m.weight for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        return {name for name, tensor in tensors(self.given).items() if any(tensor is weight for weight in found)}
 
     @cached_property
     def model(self) -> nn.Module:
