@@ -114,6 +114,8 @@ class _Settling:
         self.last: dict[Any, _Failure | None] = {}
         self.trials: dict[Callable[[nn.Module, Inputs], Trial], Trial] = {}
         """What cuts are compared on, made once each."""
+        self.united = False
+        """Whether groups were tied because they fail alone."""
         self._take()
 
     def settle(self) -> Dependencies:
@@ -175,6 +177,8 @@ class _Settling:
             if (failure := self._failure(names, choose)) is not None:
                 self._tie_or_pin(names, failure)
                 return True
+        if self.united and self._pin_what_fails_alone():
+            return True
         # one comparison of all, which most networks pass, before those that tell who is to blame
         changed = [self._make_equal(names) for names in self._rounds() if not self._equal(names, rough)]
         return any(changed)
@@ -294,8 +298,22 @@ class _Settling:
             for some in (*pairs, alike):
                 if len(some) > 1 and not tied.issuperset(some) and self._failure(some) is None:
                     self.run.unite(some)
+                    self.united = True
                     tied.update(some)
         return bool(tied)
+
+    def _pin_what_fails_alone(self) -> bool:
+        """Pin the groups that fail when no other is cut; tell whether there are any.
+
+        Ties by equal numbers of units may leave some that agree with others by chance.
+        """
+        found: dict[str, _Failure] = {}
+        for name, choose in itertools.product(self.groups, (one_of_each, every_other)):
+            if name not in found and (failure := self._failure([name], choose)) is not None:
+                found[name] = failure
+        for name, failure in found.items():
+            self._pin(name, failure.reason)
+        return bool(found)
 
     def _touches(self, name: str, module: str) -> bool:
         """Tell whether a group has a member in a module or beside it."""
