@@ -228,8 +228,9 @@ def keep(name: str, result: dict[str, Any]) -> None:
     kept = stored()
     kept["models"][name] = result
     kept["torch"] = str(torch.__version__)
+    text = re.sub(r"/[^\s\"]*/site-packages/", "", json.dumps(kept, indent=1, sort_keys=True))
     with atomic_write(RESULTS) as path:
-        path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        path.write_text(text + "\n")
 
 
 def stored() -> dict[str, Any]:
