@@ -66,8 +66,9 @@ def section(results: dict[str, dict[str, float]]) -> str:
     lines = [
         "## Quantized after training",
         "",
-        f"ResNet-20 on Fashion-MNIST, weights quantized, nothing trained afterwards; mean over {len(seeds)} trained "
-        "networks (lowest to highest accuracy); every byte of the file counted, BatchNorm in float32 included.",
+        "ResNet-20 on Fashion-MNIST, weights quantized, nothing trained afterwards; mean over the trained networks of "
+        f"{len(seeds)} seed(s) (lowest to highest accuracy); every byte of the file counted, BatchNorm in float32 "
+        "included.",
         "",
         "| method | accuracy on the test split | bytes | smaller | bits per parameter |",
         "|---|---|---|---|---|",
