@@ -23,7 +23,7 @@ class WeightSharing(TechniqueConfig):
     """Whether biases get a codebook too."""
     importance: Literal["none", "curvature"] = "none"
     """What weighs the squared error of a weight: nothing, or the second derivative of the loss in it, measured on
-    labelled data."""
+    labelled data. It helped on a small convolutional network and hurt on ResNet-20 (docs/benchmarks.md): try both."""
     batches: int = Field(default=4, ge=1)
     """Training batches that `importance: curvature` looks at."""
     probes: int = Field(default=8, ge=1)
