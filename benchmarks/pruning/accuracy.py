@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,8 @@ from rarefy_pruning.channels import config as channels
 from rarefy_schemas import Finetune
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from benchmarks.runs import Runs
 
 RESULTS = Path(__file__).parent.parent / "results" / "pruning-accuracy.json"
 TRAIN = Finetune(epochs=4, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, batch_size=128)
@@ -169,22 +170,6 @@ def _row(side: str, ratio: str, results: dict[str, dict[str, Any]]) -> list[str]
     ]
 
 
-class Runs:
-    """Results by name, kept in a file."""
-
-    def __init__(self) -> None:
-        self.done: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-    def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a result, made now when it is missing."""
-        if key not in self.done:
-            self.done[key] = make()
-            RESULTS.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
-            found = self.done[key]
-            print(f"{key}: validation {found['validation']:.4f} test {found['test']:.4f}", flush=True)
-        return self.done[key]
-
-
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,7 +180,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    task, runs = fashion_mnist(chosen.data), Runs()
+    task, runs = fashion_mnist(chosen.data), Runs(RESULTS)
     networks = {seed: trained(task, seed, chosen.weights) for seed in chosen.seeds}
 
     def run(side: str, name: str, loss: str, ratio: float, seed: int) -> dict[str, Any]:

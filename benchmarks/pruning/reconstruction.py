@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rarefy_pruning.channels.config import ChannelL1Config
 from torch import nn
 
 from benchmarks.pruning.accuracy import theirs, trained
+from benchmarks.runs import Runs
 
 RESULTS = Path(__file__).parent.parent / "results" / "pruning-reconstruction.json"
 BATCHES = 16
@@ -57,6 +58,16 @@ SIDES: dict[str, Callable[[nn.Module, Any, float], nn.Module]] = {
     "cut and reconstructed": lambda model, task, ratio: cut(model, task, ratio, reconstruct=True),
     "torch-pruning, uniform": lambda model, task, ratio: theirs(model, task, "uniform", ratio),
 }
+
+
+def measured(model: nn.Module, task: Any, make: Callable[..., nn.Module], ratio: float) -> dict[str, float]:
+    """Cut a network and return its accuracy beside the original's, and what is left of the FLOPs."""
+    small, inputs = make(model, task, ratio), task.example_inputs(1)
+    return {
+        "original": task.score(model, "test"),
+        "test": task.score(small, "test"),
+        "flops_ratio": flops(model, inputs) / flops(small, inputs),
+    }
 
 
 def section(results: dict[str, dict[str, Any]]) -> str:
@@ -93,24 +104,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    task = fashion_mnist(chosen.data)
-    done: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    task, runs = fashion_mnist(chosen.data), Runs(RESULTS)
     for seed in chosen.seeds:
         model = trained(task, seed, chosen.weights)
-        whole, inputs = task.score(model, "test"), task.example_inputs(1)
         for ratio in chosen.ratios:
             for side, make in SIDES.items():
-                key = f"{side} | {ratio:g}x | seed {seed}"
-                if key in done:
-                    continue
-                small = make(model, task, ratio)
-                done[key] = {
-                    "original": whole,
-                    "test": task.score(small, "test"),
-                    "flops_ratio": flops(model, inputs) / flops(small, inputs),
-                }
-                RESULTS.write_text(json.dumps(done, indent=1) + "\n")
-                print(f"{key}: {done[key]['test']:.2%}", flush=True)
+                runs.get(f"{side} | {ratio:g}x | seed {seed}", partial(measured, model, task, make, ratio))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rarefy.tasks.data import fashion_mnist
 from torch import nn
 
 from benchmarks.pruning.accuracy import trained
+from benchmarks.runs import Runs
 
 RESULTS = Path(__file__).parent.parent / "results" / "quantization-post-training.json"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -53,8 +54,9 @@ def quantized(model: nn.Module, task: Any, setting: dict[str, Any]) -> nn.Module
     return technique.consolidate(changed)
 
 
-def measured(model: nn.Module, original: nn.Module, task: Any) -> dict[str, float]:
+def measured(original: nn.Module, task: Any, setting: dict[str, Any] | None) -> dict[str, float]:
     """Return accuracy, bytes of the artifact, and bits of it per parameter."""
+    model = original if setting is None else quantized(original, task, setting)
     size = encoded_size(model, as_base(original))
     count = sum(parameter.numel() for parameter in model.parameters())
     return {"test": task.score(model, "test"), "bytes": size, "bits": 8 * size / count}
@@ -95,17 +97,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    task = fashion_mnist(chosen.data)
-    done: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    task, runs = fashion_mnist(chosen.data), Runs(RESULTS)
     for seed in chosen.seeds:
         model = trained(task, seed, chosen.weights)
         for name, setting in ({"float32": None} | SETTINGS).items():
-            key = f"{name} | seed {seed}"
-            if key not in done:
-                small = model if setting is None else quantized(model, task, setting)
-                done[key] = measured(small, model, task)
-                RESULTS.write_text(json.dumps(done, indent=1) + "\n")
-                print(f"{key}: {done[key]['test']:.2%}, {done[key]['bytes']:,} bytes", flush=True)
+            runs.get(f"{name} | seed {seed}", partial(measured, model, task, setting))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rarefy.seeds import derive
 from rarefy.task import Task
 from rarefy.technique import Analysis, Technique, refuse_not_finite
 from rarefy.weights import LayerWeight, layer_weights, per_layer
-from rarefy_schemas import LayerReport, SkippedLayer
+from rarefy_schemas import LayerReport, SkippedLayer, TechniqueConfig
 from torch import nn
 
 from rarefy_quantization.codes import Coded, Lookup, share_
@@ -21,10 +21,26 @@ from rarefy_quantization.parametrizations import make_plain_
 
 _FLOOR = 0.3
 """Chosen on digits_cnn: at 0.001 the loss of 1.5 bits per weight was thirteen times as high, at 0.03 four times."""
+AnyConfigT = TypeVar("AnyConfigT", bound=TechniqueConfig)
 ConfigT = TypeVar("ConfigT", bound=WeightSharing)
 
 
-class TensorQuantizer(Technique[ConfigT]):
+class CodebookTechnique(Technique[AnyConfigT]):
+    """Trains what codes are looked up in; the plan of `analyze` is what each tensor becomes, by its name."""
+
+    def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
+        """Parametrize the layers by their codebooks."""
+        for name, coded in analysis.plan.items():
+            share_(model, name, coded)
+        return model
+
+    def consolidate(self, model: nn.Module) -> nn.Module:
+        """Leave plain weights that take the values of the fine-tuned codebooks."""
+        make_plain_(model, Lookup)
+        return model
+
+
+class TensorQuantizer(CodebookTechnique[ConfigT]):
     """Gives each target layer codes and a codebook; write `quantize`.
 
     Weights that are exactly zero are not quantized: they get code 0 with the value 0, which takes one of the codes,
@@ -60,17 +76,6 @@ class TensorQuantizer(Technique[ConfigT]):
             plan[name] = self.code(tensor, width, derive(self.seed, name), importances.get(name))
             layers.append(_report(name.removesuffix(".weight"), kind, tensor, plan[name], width))
         return Analysis(tuple(layers), tuple(skipped), plan)
-
-    def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
-        """Parametrize the layers by their codebooks."""
-        for name, coded in analysis.plan.items():
-            share_(model, name, coded)
-        return model
-
-    def consolidate(self, model: nn.Module) -> nn.Module:
-        """Leave plain weights that take the values of the fine-tuned codebooks."""
-        make_plain_(model, Lookup)
-        return model
 
     @torch.no_grad()
     def code(self, tensor: torch.Tensor, bits: int, seed: int, importance: torch.Tensor | None = None) -> Coded:

@@ -9,14 +9,14 @@ import torch
 from rarefy.hessian import columns
 from rarefy.seeds import derive
 from rarefy.task import Task
-from rarefy.technique import Analysis, Technique
+from rarefy.technique import Analysis
 from rarefy.weights import LayerWeight, layer_weights
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
-from rarefy_quantization.codes import Lookup, entropy, share_
+from rarefy_quantization.codes import Lookup, entropy
 from rarefy_quantization.config import VectorConfig
-from rarefy_quantization.parametrizations import make_plain_
+from rarefy_quantization.sharing import CodebookTechnique
 
 _ELEMENTS = 2**23
 """Most distances that are computed at a time."""
@@ -61,7 +61,7 @@ class SharedVectors(Lookup):
         return rows.new_zeros(self.size).index_copy_(0, self.codes.long(), rows)
 
 
-class VectorQuantization(Technique[VectorConfig]):
+class VectorQuantization(CodebookTechnique[VectorConfig]):
     """Least squared error of vectors from few (Gong et al. 2014, section 3.3, with one codebook for a whole layer)."""
 
     @torch.no_grad()
@@ -77,17 +77,6 @@ class VectorQuantization(Technique[VectorConfig]):
             plan[name] = self.code(weight.parameter.detach(), derive(self.seed, name))
             layers.append(_report(weight, plan[name]))
         return Analysis(tuple(layers), tuple(skipped), plan)
-
-    def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
-        """Parametrize the layers by their codebooks."""
-        for name, coded in analysis.plan.items():
-            share_(model, name, coded)
-        return model
-
-    def consolidate(self, model: nn.Module) -> nn.Module:
-        """Leave plain weights that take the vectors of the fine-tuned codebooks."""
-        make_plain_(model, Lookup)
-        return model
 
     def code(self, tensor: torch.Tensor, seed: int) -> VectorCoded:
         """Return `tensor` with at most as many distinct vectors as the options say."""

@@ -1,0 +1,24 @@
+"""Results by name in a file, so that a call goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Runs:
+    """Results by name, each written as soon as it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a result, made now when it is missing."""
+        if key not in self.done:
+            self.done[key] = make()
+            self.path.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
+            print(f"{key}: {self.done[key]}", flush=True)
+        return self.done[key]
