@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from rarefy_schemas.base import Noun, Schema
-from rarefy_schemas.manifest import ARTIFACT_VERSION, Coding, Manifest, ModelSpec, ModuleSpec, TensorEntry
+from rarefy_schemas.manifest import ARTIFACT_VERSION, Coder, Coding, Manifest, ModelSpec, ModuleSpec, TensorEntry
 from rarefy_schemas.recipe import (
     Budgets,
     Evaluate,
@@ -32,7 +32,7 @@ from rarefy_schemas.training import Finetune, ObjectiveConfig, TaskLoss
 from rarefy_schemas.traits import DataNeed, Traits
 
 __all__ = [
-    "ARTIFACT_VERSION", "REPORT_VERSION", "BudgetReport", "Budgets", "Coding", "DataNeed", "Evaluate",
+    "ARTIFACT_VERSION", "REPORT_VERSION", "BudgetReport", "Budgets", "Coder", "Coding", "DataNeed", "Evaluate",
     "ExportReport", "ExporterConfig", "Field", "Finetune", "Histogram", "LayerReport", "Manifest", "Measurement",
     "ModelReference", "ModelSpec", "ModuleSpec", "NamedModel", "Noun", "ObjectiveConfig", "Recipe", "Report", "Schema",
     "SkippedLayer", "SourceConfig", "Split", "StageReport", "Targets", "TaskLoss", "TaskReference",

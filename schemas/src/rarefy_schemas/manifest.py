@@ -11,7 +11,8 @@ from rarefy_schemas.recipe import ModelReference
 
 ARTIFACT_VERSION = 1
 
-Coding = Literal["raw", "codebook", "steps", "vectors"]
+Coding = Literal["raw", "codebook", "steps", "vectors", "huffman"]
+Coder = Literal["range", "huffman"]
 Size = Annotated[int, Field(ge=0, le=2**48)]
 
 
@@ -52,7 +53,8 @@ class TensorEntry(Schema):
     coding: Coding
     """`raw`: little-endian values; `codebook`: distinct values once, then range-coded codes; `steps`: a step for each
     row, group or the whole, then range-coded multiples; `vectors`: distinct vectors of consecutive values once, then
-    range-coded ranks."""
+    range-coded ranks; `huffman`: distinct values once, then Huffman codes of them and of the distances between
+    them."""
     length: Size
     """Bytes of its part."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")

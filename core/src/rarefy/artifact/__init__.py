@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rarefy_schemas import ARTIFACT_VERSION, Coding, Manifest, ModelSpec, TensorEntry
+from rarefy_schemas import ARTIFACT_VERSION, Coder, Coding, Manifest, ModelSpec, TensorEntry
 from torch import nn
 
 from rarefy import __version__
-from rarefy.artifact import codebook, steps, vectors
+from rarefy.artifact import codebook, relative, steps, vectors
 from rarefy.artifact.bits import DTYPES, Bits, elements, from_bits, name_of, stored, to_bits
 from rarefy.artifact.container import Container, head, opened
 from rarefy.artifact.filling import fill, tensors_of
@@ -37,13 +37,15 @@ class TensorRow:
     bits_per_element: float
 
 
-def write(model: nn.Module, base: Base, path: str | Path) -> None:
+def write(model: nn.Module, base: Base, path: str | Path, coder: Coder = "range") -> None:
     """Write `model` as one file, whole or not at all.
+
+    `coder: huffman` codes as Deep Compression did, for comparison (see `rarefy.artifact.relative`).
 
     Raises `ArtifactError` when the model cannot be described (see `rarefy.modules.describe`), `StageError` when the
     system refuses to write.
     """
-    start, parts = _encoded(model, base)
+    start, parts = _encoded(model, base, coder)
     with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
         file.write(start)
         for part in parts:
@@ -104,13 +106,13 @@ def inspect(path: str | Path) -> list[TensorRow]:
     ]
 
 
-def _encoded(model: nn.Module, base: Base) -> tuple[bytes, list[memoryview]]:
+def _encoded(model: nn.Module, base: Base, coder: Coder = "range") -> tuple[bytes, list[memoryview]]:
     spec = describe(model, base)
     entries, parts = [], []
     for name, tensor in tensors_of(model).items():
         dtype = name_of(tensor, name)
         bits = to_bits(tensor)
-        coding, part = _smallest(bits, dtype, tuple(tensor.shape))
+        coding, part = _smallest(bits, dtype, tuple(tensor.shape), coder)
         entries.append(
             TensorEntry(
                 name=name,
@@ -126,14 +128,18 @@ def _encoded(model: nn.Module, base: Base) -> tuple[bytes, list[memoryview]]:
     return head(manifest), parts
 
 
-def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...]) -> tuple[Coding, memoryview]:
+def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...], coder: Coder) -> tuple[Coding, memoryview]:
     """Return the coding that takes the fewest bytes, and these; the simpler one of equals."""
     plain: tuple[Coding, memoryview] = ("raw", memoryview(bits.view(np.uint8)))  # type: ignore[arg-type]
-    coded: dict[Coding, bytes | None] = {
-        "codebook": codebook.encode(bits),
-        "steps": steps.encode(bits, dtype, shape),
-        "vectors": vectors.encode(bits, shape),
-    }
+    coded: dict[Coding, bytes | None]
+    if coder == "huffman":
+        coded = {"huffman": relative.encode(bits)}
+    else:
+        coded = {
+            "codebook": codebook.encode(bits),
+            "steps": steps.encode(bits, dtype, shape),
+            "vectors": vectors.encode(bits, shape),
+        }
     parts = [plain, *((coding, memoryview(part)) for coding, part in coded.items() if part is not None)]
     return min(parts, key=lambda part: len(part[1]))
 
@@ -153,6 +159,8 @@ def _bits(entry: TensorEntry, part: bytearray, itemsize: int) -> Bits:
         return steps.decode(part, entry.dtype, elements(entry.shape))
     if entry.coding == "vectors":
         return vectors.decode(part, itemsize, elements(entry.shape))
+    if entry.coding == "huffman":
+        return relative.decode(part, itemsize, elements(entry.shape))
     return np.frombuffer(part, stored(itemsize))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from rarefy_schemas import ExporterConfig
+from rarefy_schemas import Coder, ExporterConfig
 
 
 class RarefyFormat(ExporterConfig):
@@ -14,6 +14,9 @@ class RarefyFormat(ExporterConfig):
     implementation: ClassVar[str] = "rarefy.exporters.rarefy:RarefyExporter"
     paper: ClassVar[str] = "docs/architecture.md"
     format: Literal["rarefy"] = "rarefy"
+    coder: Coder = "range"
+    """`range`: the smallest of all codings; `huffman`: distances and codes by Huffman codes, as Deep Compression stored
+    them, larger, for comparison with published sizes."""
 
 
 class SafetensorsFormat(ExporterConfig):

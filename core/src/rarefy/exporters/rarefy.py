@@ -23,7 +23,7 @@ class RarefyExporter(Exporter[RarefyFormat]):
 
     def write(self, model: nn.Module, base: Base, task: Task, path: Path) -> None:
         """Write the artifact."""
-        artifact.write(model, base, path)
+        artifact.write(model, base, path, self.config.coder)
 
     def reopen(self, path: Path, base: Base) -> Callable[..., Any]:
         """Load the artifact."""
