@@ -16,8 +16,8 @@ MODULES = (
     "pruning.versus_torch_pruning",
     "pruning.reconstruction",
     "pruning.accuracy",
-    "pruning.deep_compression",
     "pruning.widths",
+    "quantization.deep_compression",
     "quantization.post_training",
 )
 

@@ -23,9 +23,8 @@ def quickstart(seed: int) -> dict[str, Any]:
     """Run the shipped recipe with a seed and return sizes, accuracy and times."""
     from rarefy.pipeline import run
     from rarefy.recipe import load_recipe
-    from rarefy.recipes import path
 
-    recipe = load_recipe(path("quickstart"), [f"seed={seed}"])
+    recipe = load_recipe("quickstart", [f"seed={seed}"])
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         report = run(recipe, Path(folder) / "run").report

@@ -103,7 +103,7 @@ def trained(task: Any, network: str, seed: int, folder: Path | None) -> nn.Modul
     fit(model, model, task, TRAIN, seed=seed)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), file)
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
     return model.eval()
 
 

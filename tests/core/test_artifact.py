@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rarefy import artifact
-from rarefy.artifact import codebook
+from rarefy.artifact import codebook, symbols
 from rarefy.artifact.bits import DTYPES, from_bits, to_bits
 from rarefy.errors import ArtifactError, RecipeError, StageError
 from rarefy.modules import Base
@@ -499,7 +499,7 @@ def test_hostile_manifests_are_refused(sound: Path, change: Callable[[dict[str, 
 
 
 def test_a_file_that_claims_a_petabyte_is_refused_before_anything_is_allocated(sound: Path) -> None:
-    part = codebook.encode(np.zeros(100, "<u4")) or b""
+    part = symbols.section(np.zeros(100, "<u4"))
 
     def claim(manifest: dict[str, Any]) -> None:
         digest = hashlib.sha256(part).hexdigest()

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from rarefy_schemas import ExporterConfig, Finetune, Noun, Recipe, Schema, TaskLoss, TechniqueConfig
 
-from rarefy import yaml
+from rarefy import recipes, yaml
 from rarefy.errors import RecipeError, did_you_mean
 from rarefy.order import check_order
 from rarefy.registry import Registry, get
@@ -49,7 +49,7 @@ def json_schema(registry: Registry | None = None) -> dict[str, Any]:
 def load_recipe(
     source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = (), registry: Registry | None = None
 ) -> Recipe:
-    """Return the validated recipe of a file, a mapping or a `Recipe`.
+    """Return the validated recipe of a file, a mapping or a `Recipe`; without such a file, the shipped one of the name.
 
     `overrides` are `path=value` texts such as `steps.0.amount=0.9`; the value is YAML.
     Raises `RecipeError` with file, line and column.
@@ -63,7 +63,7 @@ def load_recipe(
         document = (
             yaml.Document(copy.deepcopy(dict(source)), "recipe")
             if isinstance(source, Mapping)
-            else yaml.read(Path(source))
+            else yaml.read(recipes.find(source))
         )
         recipe = _validate(_overridden(document, overrides), registry)
     check_order(recipe.steps)

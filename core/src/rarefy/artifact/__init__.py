@@ -13,8 +13,8 @@ from rarefy_schemas import ARTIFACT_VERSION, Coder, Coding, Manifest, ModelSpec,
 from torch import nn
 
 from rarefy import __version__
-from rarefy.artifact import codebook, relative, steps, vectors
-from rarefy.artifact.bits import DTYPES, Bits, elements, from_bits, name_of, stored, to_bits
+from rarefy.artifact import paths, relative, steps, symbols, vectors
+from rarefy.artifact.bits import DTYPES, Bits, elements, from_bits, name_of, row_width, stored, to_bits
 from rarefy.artifact.container import Container, head, opened
 from rarefy.artifact.filling import fill, tensors_of
 from rarefy.errors import ArtifactError
@@ -136,8 +136,9 @@ def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...], coder: Coder) -> t
         coded = {"huffman": relative.encode(bits)}
     else:
         coded = {
-            "codebook": codebook.encode(bits),
+            "codebook": symbols.section(bits, row_width(shape)),
             "steps": steps.encode(bits, dtype, shape),
+            "trellis": paths.encode(bits, dtype, shape),
             "vectors": vectors.encode(bits, shape),
         }
     parts = [plain, *((coding, memoryview(part)) for coding, part in coded.items() if part is not None)]
@@ -154,11 +155,13 @@ def _decoded(container: Container, entry: TensorEntry, part: bytearray) -> torch
 
 def _bits(entry: TensorEntry, part: bytearray, itemsize: int) -> Bits:
     if entry.coding == "codebook":
-        return codebook.decode(part, itemsize, elements(entry.shape))
+        return symbols.read_section(part, itemsize, elements(entry.shape), row_width(entry.shape))
     if entry.coding == "steps":
-        return steps.decode(part, entry.dtype, elements(entry.shape))
+        return steps.decode(part, entry.dtype, entry.shape)
     if entry.coding == "vectors":
-        return vectors.decode(part, itemsize, elements(entry.shape))
+        return vectors.decode(part, itemsize, entry.shape)
+    if entry.coding == "trellis":
+        return paths.decode(part, entry.dtype, entry.shape)
     if entry.coding == "huffman":
         return relative.decode(part, itemsize, elements(entry.shape))
     return np.frombuffer(part, stored(itemsize))

@@ -62,6 +62,11 @@ def from_bits(bits: Bits, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     return torch.from_numpy(signed).view(dtype).reshape(shape)
 
 
+def row_width(shape: tuple[int, ...]) -> int:
+    """Return the elements of each index of the first dimension, or 1 where there is no other or none of them."""
+    return max(1, math.prod(shape[1:]))
+
+
 def elements(shape: tuple[int, ...]) -> int:
     """Return the number of elements of a shape."""
     return math.prod(shape)

@@ -19,12 +19,11 @@ from rarefy.errors import ArtifactError
 MOST_VALUES = 65536
 _CHUNK = 1 << 20
 _WORD = np.dtype("<u4")
-_PLAIN, _CODED = b"\0", b"\1"
 
 
 def encode(bits: Bits) -> bytes | None:
     """Return the coded elements, or None when they would not become smaller."""
-    if bits.size == 0 or _is_varied(bits):
+    if bits.size == 0 or is_varied(bits):
         return None
     values, counts = histogram(bits)
     if len(values) > MOST_VALUES:
@@ -72,19 +71,10 @@ def histogram(bits: Bits) -> tuple[Bits, NDArray[np.int64]]:
     return values.astype(bits.dtype), counts[values]
 
 
-def section(numbers: Bits) -> bytes:
-    """Return numbers as a section: 0 and the plain little-endian numbers, or 1 and what `encode` makes of them."""
-    coded = encode(numbers)
-    return _PLAIN + numbers.tobytes() if coded is None else _CODED + coded
-
-
-def read_section(data: bytes | bytearray, itemsize: int, size: int) -> Bits:
-    """Return the `size` numbers of a section; raise `ArtifactError` when it is not sound."""
-    if data[:1] == _CODED:
-        return decode(data[1:], itemsize, size)
-    if data[:1] != _PLAIN or len(data) != 1 + size * itemsize:
-        raise ArtifactError(f"{size} numbers of {itemsize} bytes do not stand in {len(data)} bytes")
-    return np.frombuffer(data, stored(itemsize), offset=1)
+def is_varied(bits: Bits) -> bool:
+    """Tell from a sample that there are too many distinct values; saves sorting large dense tensors."""
+    sample = bits[:: max(1, bits.size // (4 * MOST_VALUES))]
+    return sample.size < bits.size and len(np.unique(sample)) > MOST_VALUES
 
 
 def measured(data: bytes) -> bytes:
@@ -118,12 +108,6 @@ def read_varint(data: bytes | bytearray, start: int) -> tuple[int, int]:
         if digit < 128:
             return number, start + place + 1
     raise ArtifactError("a number does not end")
-
-
-def _is_varied(bits: Bits) -> bool:
-    """Tell from a sample that there are too many distinct values; saves sorting large dense tensors."""
-    sample = bits[:: max(1, bits.size // (4 * MOST_VALUES))]
-    return sample.size < bits.size and len(np.unique(sample)) > MOST_VALUES
 
 
 def _model(counts: NDArray[np.int64]) -> Any:

@@ -3,25 +3,24 @@
 A part is, all numbers as base-128 varints: the width of a line and the size of a group (see `grids.Grid`); the code of
 symbol 0 (zigzag); whether symbol 0 means -0.0 instead (0 or 1); the bytes of a symbol (1 or 2). Then the steps, one
 section with its length for each byte of the tensor's type, low bytes first; then a section with the symbols (see
-`codebook.section`). An element is its code times its group's step. The product is exact, so it is the same on every
+`symbols`). An element is its code times its group's step. The product is exact, so it is the same on every
 platform.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rarefy.artifact import codebook
-from rarefy.artifact.bits import Bits, stored
-from rarefy.artifact.codebook import measured, read_measured, read_section, read_varint, section, varint
-from rarefy.artifact.grids import GROUPS, LARGEST_CODE, SMALLEST_STEP, Floats, Grid, candidates
+from rarefy.artifact.bits import Bits, elements, row_width, stored
+from rarefy.artifact.codebook import measured, read_measured, read_varint, varint
+from rarefy.artifact.floats import ITEMSIZES, checked, narrowed, products, widened
+from rarefy.artifact.grids import GROUPS, LARGEST_CODE, Floats, Grid, candidates
+from rarefy.artifact.symbols import read_section, section
 from rarefy.errors import ArtifactError
 
-_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CHUNK = 1 << 16
 
 
@@ -30,27 +29,28 @@ def encode(bits: Bits, dtype: str, shape: tuple[int, ...]) -> bytes | None:
 
     Steps are sought for the whole tensor, for each index of its first dimension, and for groups within one.
     """
-    if dtype not in _ITEMSIZES or bits.size == 0:
+    if dtype not in ITEMSIZES or bits.size == 0:
         return None
-    values = _widened(bits, dtype)
-    width = bits.size // shape[0] if shape else 1
+    values = widened(bits, dtype)
+    width = row_width(shape)
     best: tuple[float, bytes, Bits] | None = None
     for grid, steps in candidates(values, width if width > 1 else bits.size):
         lowest, signed, symbols = _symbols(values, grid.spread(steps))
-        head = _head(grid, lowest, signed, symbols.itemsize) + b"".join(_planes(_narrowed(steps, dtype)))
+        head = _head(grid, lowest, signed, symbols.itemsize) + b"".join(_planes(narrowed(steps, dtype)))
         cost = len(head) + _information(symbols)
         if best is None or cost < best[0]:
             best = cost, head, symbols
     if best is None or best[0] >= bits.nbytes:
         return None
-    part = best[1] + section(best[2])
+    part = best[1] + section(best[2], width)
     return part if len(part) < bits.nbytes else None
 
 
-def decode(part: bytes | bytearray, dtype: str, size: int) -> Bits:
-    """Return the `size` elements of a part; raise `ArtifactError` when it is not sound."""
-    if dtype not in _ITEMSIZES:
+def decode(part: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Bits:
+    """Return the elements of a part; raise `ArtifactError` when it is not sound."""
+    if dtype not in ITEMSIZES:
         raise ArtifactError(f"{dtype} has no steps")
+    size = elements(shape)
     (width, group, zigzag, signed, itemsize), at = _numbers(part)
     grouped = group == width or group in GROUPS
     if not (2 <= width <= size or width == size == 1) or size % width or not 1 <= group <= width or not grouped:
@@ -59,25 +59,13 @@ def decode(part: bytes | bytearray, dtype: str, size: int) -> Bits:
         raise ArtifactError("the symbols have no known form")
     grid, lowest = Grid(width, group), (zigzag >> 1) ^ -(zigzag & 1)
     steps, at = _read_steps(part, at, dtype, size // width * grid.per_line)
-    symbols = read_section(part[at:], itemsize, size)
+    symbols = read_section(part[at:], itemsize, size, row_width(shape))
     if not -LARGEST_CODE - signed <= lowest <= LARGEST_CODE - int(symbols.max()):
         raise ArtifactError(f"the codes exceed {LARGEST_CODE}")
     codes = np.arange(lowest, lowest + int(symbols.max()) + 1).astype(np.float64)
     if signed:
         codes[0] = -0.0
-    return _products(codes, symbols, grid.spread(steps), dtype)
-
-
-def _products(codes: NDArray[np.float64], symbols: Bits, steps: Floats, dtype: str) -> Bits:
-    bits = np.empty(symbols.size, stored(_ITEMSIZES[dtype]))
-    for start in range(0, symbols.size, _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        exact = codes[symbols[chunk]] * steps[chunk]  # 16 and 24 bits give 40, which float64 has
-        with np.errstate(over="ignore"):
-            bits[chunk] = _narrowed(exact.astype(np.float32), dtype)
-        if not (_widened(bits[chunk], dtype) == exact).all():
-            raise ArtifactError(f"an element is no {dtype}")
-    return bits
+    return products(codes, symbols, grid.spread(steps), dtype)
 
 
 def _symbols(values: Floats, steps: Floats) -> tuple[int, bool, Bits]:
@@ -124,26 +112,7 @@ def _planes(steps: Bits) -> Iterator[bytes]:
 
 def _read_steps(part: bytes | bytearray, at: int, dtype: str, count: int) -> tuple[Floats, int]:
     planes = []
-    for _ in range(_ITEMSIZES[dtype]):
+    for _ in range(ITEMSIZES[dtype]):
         data, at = read_measured(part, at)
         planes.append(read_section(data, 1, count))
-    steps = _widened(np.stack(planes, axis=1).reshape(-1).view(stored(len(planes))), dtype)
-    if not (np.isfinite(steps) & (steps >= SMALLEST_STEP)).all():
-        raise ArtifactError("a step is not a positive number")
-    return steps, at
-
-
-def _widened(bits: Bits, dtype: str) -> Floats:
-    """Return the floats of some bits as float32, which holds all of them exactly."""
-    if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    floats: NDArray[Any] = bits.view(f"<f{bits.itemsize}")
-    return floats.astype(np.float32, copy=False)
-
-
-def _narrowed(values: Floats, dtype: str) -> Bits:
-    """Return the bits of float32 numbers in another type; numbers that it lacks come out different."""
-    if dtype == "bfloat16":
-        return (values.view(np.uint32) >> 16).astype(stored(2))
-    itemsize = _ITEMSIZES[dtype]
-    return values.astype(f"<f{itemsize}", copy=False).view(stored(itemsize))
+    return checked(widened(np.stack(planes, axis=1).reshape(-1).view(stored(len(planes))), dtype)), at

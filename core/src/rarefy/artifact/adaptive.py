@@ -1,0 +1,151 @@
+"""Range coding of symbols with counts that are learnt on the way, so that no histogram has to be stored.
+
+Symbols lie in a matrix, and are coded band by band, a band being one row or several. All of a band are coded with the
+counts of those before it, by context: how far the earlier symbols of the column were from the centre, in four bins
+beside the mean of all columns (which tells pruned inputs from others), or nothing; and what a `Walk` adds. Counts are
+integers, so encoder and decoder agree on every platform.
+
+A part is, as base-128 varints, the number of symbols (0 up to the largest), the centre, the decay of the first counts
+on both sides of it in 1/256, and the bins (1 or 4); then the words of the range coder, little-endian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from rarefy.artifact.codebook import read_varint, varint
+from rarefy.errors import ArtifactError
+
+Integers = NDArray[np.int64]
+Symbols = NDArray[np.uint16]
+
+MOST_SYMBOLS = 1024
+_BINS = (1, 4)
+_GAIN = 32
+"""What a symbol adds to its count; the first counts sum to about 16 symbols."""
+_PRIOR = 16 * _GAIN
+_BANDS = 64
+_SMALLEST_BAND, _LARGEST_BAND = 64, 8192
+_WORD = np.dtype("<u4")
+
+
+class Walk(Protocol):
+    """What adds to the context of each column, and follows from the symbols above."""
+
+    number: int
+    """Different values of it."""
+
+    def classes(self) -> Integers:
+        """Return those of the coming row, one for each column."""
+        ...
+
+    def advance(self, row: Symbols) -> None:
+        """Take the symbols of a row."""
+        ...
+
+
+def encode(symbols: NDArray[Any], width: int, centre: int, walk: Callable[[], Walk] | None = None) -> bytes | None:
+    """Return the coded symbols, a whole number of rows of `width`, or None unless there are 2 to 1024 different ones.
+
+    `walk` makes a fresh one.
+    """
+    number = int(symbols.max()) + 1
+    if not 2 <= number <= MOST_SYMBOLS:
+        return None
+    spread = float(np.abs(symbols - np.int64(centre)).mean())
+    decay = round(256 * spread / (1 + spread))  # the mean distance of a two-sided geometric law, nearly
+    parts = []
+    for bins in _BINS if 1 < width < symbols.size else _BINS[:1]:
+        coder = _Coder(width, symbols.size, (number, centre, min(decay, 255), bins), walk() if walk else None)
+        parts.append(coder.encode(symbols.astype(np.uint16)))
+    return min(parts, key=len)
+
+
+def decode(part: bytes | bytearray, size: int, width: int, walk: Walk | None = None) -> Symbols:
+    """Return the `size` symbols of a part; raise `ArtifactError` when it is not sound."""
+    numbers, at = [], 0
+    for _ in range(4):
+        value, at = read_varint(part, at)
+        numbers.append(value)
+    number, centre, decay, bins = numbers
+    if not 2 <= number <= MOST_SYMBOLS or centre >= number or decay > 255 or bins not in _BINS:
+        raise ArtifactError(f"no counts can start from {number} symbols, {centre}, {decay} and {bins}")
+    if (len(part) - at) % _WORD.itemsize:
+        raise ArtifactError("the codes are not whole words")
+    return _Coder(width, size, (number, centre, decay, bins), walk).decode(part[at:])
+
+
+class _Coder:
+    """The state that encoder and decoder share: the counts of each context."""
+
+    def __init__(self, width: int, size: int, start: tuple[int, int, int, int], walk: Walk | None) -> None:
+        number, self._centre, decay, self._bins = self._start = start
+        self._rows = np.empty((size // width, width), np.uint16)
+        self._walk = walk
+        wanted = min(max(size // _BANDS, _SMALLEST_BAND), _LARGEST_BAND)
+        self._height = 1 if walk else max(1, wanted // width)
+        contexts = self._bins * (walk.number if walk else 1)
+        self._counts = np.tile(_first_counts(number, self._centre, decay), (contexts, 1))
+        self._distances = np.zeros(width, np.int64)
+
+    def encode(self, symbols: Symbols) -> bytes:
+        encoder = constriction.stream.queue.RangeEncoder()
+
+        def code(block: Symbols, model: Any) -> Symbols:
+            encoder.encode(block.astype(np.int32).reshape(-1), model)
+            return block
+
+        self._rows = symbols.reshape(self._rows.shape)
+        self._pass(code)
+        return b"".join(map(varint, self._start)) + encoder.get_compressed().astype(_WORD, copy=False).tobytes()
+
+    def decode(self, data: bytes | bytearray) -> Symbols:
+        decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, _WORD).astype(np.uint32))
+        try:
+            self._pass(lambda block, model: decoder.decode(model, block.size).reshape(block.shape))
+            whole = decoder.maybe_exhausted()
+        except AssertionError as error:  # what constriction raises for words that no encoder writes
+            raise ArtifactError(f"the codes are not sound: {error}") from error
+        if not whole:
+            raise ArtifactError("there are more codes than elements")
+        return self._rows.reshape(-1)
+
+    def _pass(self, code: Callable[[Symbols, Any], Symbols]) -> None:
+        """Give `code` the columns of each context in each band, with their model, and put in what it returns."""
+        for start in range(0, len(self._rows), self._height):
+            band = self._rows[start : start + self._height]
+            for context, columns in self._contexts():
+                model = constriction.stream.model.Categorical(self._counts[context].astype(np.float64), perfect=False)
+                band[:, columns] = block = code(band[:, columns], model)
+                self._counts[context] += _GAIN * np.bincount(block.reshape(-1), minlength=self._counts.shape[1])
+            if self._bins > 1:
+                self._distances += np.abs(band.astype(np.int64) - self._centre).sum(axis=0)
+            if self._walk:
+                self._walk.advance(band[0])
+
+    def _contexts(self) -> Iterator[tuple[int, Any]]:
+        """Yield each context that occurs in the coming band, with its columns."""
+        if self._bins == 1 and self._walk is None:
+            yield 0, slice(None)
+            return
+        contexts = np.zeros(len(self._distances), np.int64) if self._walk is None else self._walk.classes()
+        if self._bins > 1:
+            scaled, mean = self._distances * len(self._distances), int(self._distances.sum())
+            bins = (scaled > 0).astype(np.int64) + (4 * scaled > 3 * mean) + (2 * scaled > 3 * mean)
+            contexts = contexts * self._bins + (bins if mean else 2)
+        order = np.argsort(contexts, kind="stable")
+        ends = np.cumsum(np.bincount(contexts))
+        for context in np.unique(contexts):
+            yield int(context), order[ends[context] - (contexts == context).sum() : ends[context]]
+
+
+def _first_counts(number: int, centre: int, decay: int) -> Integers:
+    """Return integers that fall on both sides of the centre, by products that are the same on every platform."""
+    falling = np.cumprod(np.concatenate([[1.0], np.full(number - 1, decay / 256)]))
+    shape = falling[np.abs(np.arange(number) - centre)]
+    return np.floor(shape * (_PRIOR / shape.sum())).astype(np.int64) + 1
