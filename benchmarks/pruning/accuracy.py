@@ -36,7 +36,7 @@ from torch import nn
 from benchmarks.runs import Runs
 
 RESULTS = Path(__file__).parent.parent / "results" / "pruning-accuracy.json"
-TRAIN = Finetune(epochs=8, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, batch_size=128, precision="bf16")
+TRAIN = Finetune(epochs=4, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, batch_size=128)
 TUNE = TRAIN.model_copy(update={"epochs": 2, "lr": 0.05})
 NETWORKS = {"resnet20": zoo.resnet20, "resnet56": zoo.resnet56}
 LOSSES = {
@@ -95,7 +95,7 @@ def theirs(model: nn.Module, task: Any, kind: str, ratio: float) -> nn.Module:
 def trained(task: Any, network: str, seed: int, folder: Path | None) -> nn.Module:
     """Return the network trained with a seed, from the folder when it is there."""
     torch.manual_seed(seed)
-    model = NETWORKS[network](in_channels=1, shortcut="project").to(memory_format=torch.channels_last)
+    model = NETWORKS[network](in_channels=1, shortcut="project")
     file = folder and folder / f"{network}-{seed}.safetensors"
     if file and file.exists():
         model.load_state_dict(load_file(file))
@@ -103,7 +103,7 @@ def trained(task: Any, network: str, seed: int, folder: Path | None) -> nn.Modul
     fit(model, model, task, TRAIN, seed=seed)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
+        save_file(model.state_dict(), file)
     return model.eval()
 
 
@@ -112,7 +112,7 @@ def measured(
 ) -> dict[str, Any]:
     """Cut, fine-tune and measure one network."""
     began = time.monotonic()
-    compact = cut(model, task, name, ratio).to(memory_format=torch.channels_last)
+    compact = cut(model, task, name, ratio)
     raw = task.score(compact, "validation")
     fit(compact, model, task, LOSSES[loss], seed=seed)
     inputs = task.example_inputs(1)
@@ -135,7 +135,7 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         "## ResNets with fewer FLOPs",
         "",
         f"Fashion-MNIST, trained for {TRAIN.epochs} epochs, cut once, {TUNE.epochs} epochs of fine-tuning for either "
-        "side in bfloat16, last epoch, test split measured once per run. Criterion and loss of each side were chosen "
+        "side, last epoch, test split measured once per run. Criterion and loss of each side were chosen "
         "on the validation split at seed 0 (all that were tried are in the results file). Speed-up: median of paired "
         "timings on one thread, and over the seeds.",
         "",
