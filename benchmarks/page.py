@@ -17,6 +17,7 @@ MODULES = (
     "pruning.reconstruction",
     "pruning.accuracy",
     "pruning.widths",
+    "quantization.coders",
     "quantization.deep_compression",
     "quantization.post_training",
 )

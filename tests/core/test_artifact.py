@@ -203,7 +203,8 @@ def test_an_inspected_file_tells_how_each_tensor_is_stored(tmp_path: Path) -> No
     weight, bias = artifact.inspect(path)
     assert (weight.tensor, weight.shape, weight.dtype, weight.coding) == ("0.weight", (64, 64), "float32", "codebook")
     assert weight.bits_per_element == 8 * weight.bytes / 4096 < 1
-    assert (bias.coding, bias.bytes, bias.bits_per_element) == ("raw", 256, 32)
+    assert bias.coding in ("raw", "planes")
+    assert 220 < bias.bytes <= 256
     assert artifact.read_manifest(path).creator == f"rarefy {rarefy.__version__}"
 
 

@@ -11,7 +11,7 @@ from rarefy_schemas.recipe import ModelReference
 
 ARTIFACT_VERSION = 1
 
-Coding = Literal["raw", "codebook", "steps", "trellis", "vectors", "huffman"]
+Coding = Literal["raw", "planes", "codebook", "steps", "trellis", "vectors", "huffman"]
 Coder = Literal["range", "huffman"]
 Size = Annotated[int, Field(ge=0, le=2**48)]
 
@@ -51,10 +51,11 @@ class TensorEntry(Schema):
     dtype: Literal["float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
     shape: tuple[Size, ...]
     coding: Coding
-    """`raw`: little-endian values; `codebook`: distinct values once, then range-coded codes; `steps`: a step for each
-    row, group or the whole, then range-coded multiples; `trellis`: one step, then range-coded indices of a path through
-    a trellis; `vectors`: distinct vectors of consecutive values once, then range-coded ranks; `huffman`: distinct
-    values once, then Huffman codes of them and of the distances between them."""
+    """`raw`: little-endian values; `planes`: the first bytes of all values, then the second, each range-coded;
+    `codebook`: distinct values once, then range-coded codes; `steps`: a step for each row, group or the whole, then
+    range-coded multiples; `trellis`: one step, then range-coded indices of a path through a trellis; `vectors`:
+    distinct vectors of consecutive values once, then range-coded ranks; `huffman`: distinct values once, then Huffman
+    codes of them and of the distances between them."""
     length: Size
     """Bytes of its part."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")

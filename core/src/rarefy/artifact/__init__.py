@@ -135,8 +135,9 @@ def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...], coder: Coder) -> t
     if coder == "huffman":
         coded = {"huffman": relative.encode(bits)}
     else:
+        section = symbols.section(bits, row_width(shape))
         coded = {
-            "codebook": symbols.section(bits, row_width(shape)),
+            "planes" if section[0] == symbols.PLANES else "codebook": section,
             "steps": steps.encode(bits, dtype, shape),
             "trellis": paths.encode(bits, dtype, shape),
             "vectors": vectors.encode(bits, shape),
@@ -154,7 +155,7 @@ def _decoded(container: Container, entry: TensorEntry, part: bytearray) -> torch
 
 
 def _bits(entry: TensorEntry, part: bytearray, itemsize: int) -> Bits:
-    if entry.coding == "codebook":
+    if entry.coding in ("codebook", "planes"):
         return symbols.read_section(part, itemsize, elements(entry.shape), row_width(entry.shape))
     if entry.coding == "steps":
         return steps.decode(part, entry.dtype, entry.shape)

@@ -2,8 +2,8 @@
 
 Symbols lie in a matrix, and are coded band by band, a band being one row or several. All of a band are coded with the
 counts of those before it, by context: how far the earlier symbols of the column were from the centre, in four bins
-beside the mean of all columns (which tells pruned inputs from others), or nothing; and what a `Walk` adds. Counts are
-integers, so encoder and decoder agree on every platform.
+beside the mean of all columns, or nothing; and what a `Walk` adds. Counts are integers, so encoder and decoder agree on
+every platform.
 
 A part is, as base-128 varints, the number of symbols (0 up to the largest), the centre, the decay of the first counts
 on both sides of it in 1/256, and the bins (1 or 4); then the words of the range coder, little-endian.
@@ -25,7 +25,8 @@ Integers = NDArray[np.int64]
 Symbols = NDArray[np.uint16]
 
 MOST_SYMBOLS = 1024
-_BINS = (1, 4)
+_EDGES = {1: (), 4: (0, 12, 24)}
+"""Bounds of the bins by their number, in 16ths of the mean over columns."""
 _GAIN = 32
 """What a symbol adds to its count; the first counts sum to about 16 symbols."""
 _PRIOR = 16 * _GAIN
@@ -60,7 +61,7 @@ def encode(symbols: NDArray[Any], width: int, centre: int, walk: Callable[[], Wa
     spread = float(np.abs(symbols - np.int64(centre)).mean())
     decay = round(256 * spread / (1 + spread))  # the mean distance of a two-sided geometric law, nearly
     parts = []
-    for bins in _BINS if 1 < width < symbols.size else _BINS[:1]:
+    for bins in _EDGES if 1 < width < symbols.size else [1]:
         coder = _Coder(width, symbols.size, (number, centre, min(decay, 255), bins), walk() if walk else None)
         parts.append(coder.encode(symbols.astype(np.uint16)))
     return min(parts, key=len)
@@ -73,7 +74,7 @@ def decode(part: bytes | bytearray, size: int, width: int, walk: Walk | None = N
         value, at = read_varint(part, at)
         numbers.append(value)
     number, centre, decay, bins = numbers
-    if not 2 <= number <= MOST_SYMBOLS or centre >= number or decay > 255 or bins not in _BINS:
+    if not 2 <= number <= MOST_SYMBOLS or centre >= number or decay > 255 or bins not in _EDGES:
         raise ArtifactError(f"no counts can start from {number} symbols, {centre}, {decay} and {bins}")
     if (len(part) - at) % _WORD.itemsize:
         raise ArtifactError("the codes are not whole words")
@@ -102,7 +103,8 @@ class _Coder:
 
         self._rows = symbols.reshape(self._rows.shape)
         self._pass(code)
-        return b"".join(map(varint, self._start)) + encoder.get_compressed().astype(_WORD, copy=False).tobytes()
+        words = encoder.get_compressed().astype(_WORD, copy=False)
+        return b"".join(map(varint, self._start)) + bytes(words.tobytes())
 
     def decode(self, data: bytes | bytearray) -> Symbols:
         decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, _WORD).astype(np.uint32))
@@ -135,9 +137,9 @@ class _Coder:
             return
         contexts = np.zeros(len(self._distances), np.int64) if self._walk is None else self._walk.classes()
         if self._bins > 1:
-            scaled, mean = self._distances * len(self._distances), int(self._distances.sum())
-            bins = (scaled > 0).astype(np.int64) + (4 * scaled > 3 * mean) + (2 * scaled > 3 * mean)
-            contexts = contexts * self._bins + (bins if mean else 2)
+            scaled, mean = 16 * self._distances * len(self._distances), int(self._distances.sum())
+            bins = sum((scaled > edge * mean).astype(np.int64) for edge in _EDGES[self._bins])
+            contexts = contexts * self._bins + (bins if mean else self._bins // 2)
         order = np.argsort(contexts, kind="stable")
         ends = np.cumsum(np.bincount(contexts))
         for context in np.unique(contexts):
@@ -148,4 +150,5 @@ def _first_counts(number: int, centre: int, decay: int) -> Integers:
     """Return integers that fall on both sides of the centre, by products that are the same on every platform."""
     falling = np.cumprod(np.concatenate([[1.0], np.full(number - 1, decay / 256)]))
     shape = falling[np.abs(np.arange(number) - centre)]
-    return np.floor(shape * (_PRIOR / shape.sum())).astype(np.int64) + 1
+    counts: Integers = np.floor(shape * (_PRIOR / shape.sum())).astype(np.int64) + 1
+    return counts

@@ -73,7 +73,8 @@ def _read(window: NDArray[np.uint8], bits: Integers, most: int, at: int) -> tupl
     found, sizes = _symbols_at(window, bits)
     following = (np.arange(len(window)) + sizes).tolist()
     known = (sizes > 0).tolist()
-    places, place = [], 0
+    places: list[int] = []
+    place = 0
     while place < min(_CHUNK, len(window)) and len(places) < most:
         if not known[place]:
             raise ArtifactError("a codeword is cut off")
