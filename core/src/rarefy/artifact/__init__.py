@@ -152,7 +152,7 @@ def _bits(entry: TensorEntry, part: bytearray, itemsize: int) -> Bits:
     if entry.coding == "steps":
         return steps.decode(part, entry.dtype, elements(entry.shape))
     if entry.coding == "vectors":
-        return vectors.decode(part, itemsize, elements(entry.shape))
+        return vectors.decode(part, itemsize, entry.shape)
     return np.frombuffer(part, stored(itemsize))
 
 
