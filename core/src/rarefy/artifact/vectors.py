@@ -95,7 +95,7 @@ def _best_blocks(ranks: NDArray[np.int64], size: int) -> int:
 
 
 def _part(grid: Bits, blocks: int) -> bytes | None:
-    rows, places, length = grid.shape
+    places, length = grid.shape[1:]
     part = varint(length) + varint(blocks)
     for first, last in pairwise(block_edges(places, blocks)):
         vectors, ranks = _distinct(grid[:, first:last].reshape(-1, length))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def test_a_row_is_divided_into_nearly_equal_blocks(blocks: int | None, distinct:
     plain, analysis = changed(network(), ProductConfig(codes=8, blocks=blocks, targets={"include": ["3"]}))
     grid = plain[3].weight.detach().view(40, 16, 4)
     edges = [i * 16 // len(distinct) for i in range(len(distinct) + 1)]
-    pieces = [grid[:, a:b].reshape(-1, 4) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [grid[:, a:b].reshape(-1, 4) for a, b in itertools.pairwise(edges)]
     assert [len(piece.unique(dim=0)) for piece in pieces] == distinct
     assert analysis.layers[0].action.startswith(f"{len(distinct)} x 8 shared vectors of 4, 0.75 bits")
     before = network()[3].weight.detach()
@@ -99,7 +100,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 def test_training_keeps_the_codes_and_the_file_has_a_codebook_per_block(
     trained_digits: nn.Module, digits_task: ClassificationTask, tmp_path: Path, blocks: int | None
 ) -> None:
-    """Ranks among the vectors of a block cost log2(codes), among those of all blocks they would cost log2(blocks) more."""
+    """Ranks among the vectors of a block cost log2(codes); among those of all blocks, log2(blocks) more."""
     step = {"technique": "quantization/product", "codes": 8, "blocks": blocks, "targets": {"include": ["fc1"]}}
     recipe = {"steps": [{**step, "finetune": {"epochs": 2, "lr": 1e-3}}], "evaluate": {"batch_sizes": []}}
     result = compress(trained_digits, recipe, digits_task, directory=tmp_path / "run")

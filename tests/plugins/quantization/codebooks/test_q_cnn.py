@@ -80,7 +80,7 @@ def test_the_codebooks_are_those_of_a_direct_solve(shape: dict[str, Any]) -> Non
     """Least squares over all vectors at once, with the Cholesky factors of H as weights."""
     responses = started(**shape)
     responses.update_()
-    groups, rows, places = responses.codes.shape
+    groups, rows = responses.codes.shape[:2]
     design = torch.nn.functional.one_hot(responses.codes, len(responses.codebook)).double()
     design = torch.einsum("grpk,ij->grpikj", design, torch.eye(2, dtype=torch.float64)).reshape(groups, rows, 12, -1)
     roots = torch.linalg.cholesky(responses.hessian).mT.unsqueeze(1)

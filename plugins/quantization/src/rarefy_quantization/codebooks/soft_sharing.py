@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from rarefy.errors import StageError
 from rarefy.task import Task
 from rarefy.technique import Analysis, Technique, TrainingRule, refuse_not_finite
 from rarefy.weights import layer_weights
@@ -95,13 +94,9 @@ class SoftSharing(Technique[SoftSharingConfig]):
     @torch.no_grad()
     def consolidate(self, model: nn.Module) -> nn.Module:
         """Merge components that overlap, and leave means in the place of weights; what is zero stays zero."""
-        if not self.names:
-            return model
         if self.rule is None:
-            raise StageError(
-                "soft weight-sharing learns its mixture in fine-tuning, which did not take its training rule; use a "
-                "trainer that asks `rarefy.rules.rules_for`"
-            )
+            self.notes.append("No mixture was learned, as nothing was fine-tuned; the weights are as they were.")
+            return model
         components = self.rule.mixture.components().merged(self.config.merge)
         total = alive = 0
         for name in self.names:
