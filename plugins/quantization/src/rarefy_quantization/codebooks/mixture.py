@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+_ROWS = 8192
+"""Most weights that are looked at at a time: what they need stays in the processor's cache."""
 Gamma = tuple[float, float]
 """Shape and rate of a Gamma distribution."""
 
@@ -22,14 +25,14 @@ class Components:
     log_shares: torch.Tensor
 
     def joint(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return log pi_j N(w_i | mu_j, 1 / lambda_j), `(weights, components)`."""
-        squares = (weights.unsqueeze(1) - self.means).square()
+        """Return log pi_j N(w_i | mu_j, 1 / lambda_j), `(components, weights)`."""
+        squares = (weights - self.means.unsqueeze(1)).square()
         constants = self.log_shares + 0.5 * (self.log_precisions - math.log(2 * math.pi))
-        return constants - 0.5 * self.log_precisions.exp() * squares
+        return constants.unsqueeze(1) - 0.5 * self.log_precisions.exp().unsqueeze(1) * squares
 
     def nearest(self, weights: torch.Tensor) -> torch.Tensor:
         """Return for each weight the component with the largest responsibility, `(weights,)`."""
-        return self.joint(weights).argmax(1)
+        return torch.cat([self.joint(part).argmax(0) for part in weights.split(_ROWS)])
 
     def merged(self, limit: float) -> Components:
         """Return the mixture in which no two components are nearer than `limit`, the nearest two merged first.
@@ -69,6 +72,40 @@ class Components:
         return Components(*(tensor[rest] for tensor in kept))
 
 
+class _Complexity(torch.autograd.Function):
+    """-sum_i log sum_j pi_j N(w_i | mu_j, 1 / lambda_j), with its gradients from one pass in little memory.
+
+    With the responsibilities r_ij they are sum_j r_ij lambda_j (w_i - mu_j) for a weight, and sums over the weights of
+    -r_ij lambda_j (w_i - mu_j) for a mean, r_ij (lambda_j (w_i - mu_j)^2 - 1) / 2 for a log-precision and -r_ij for the
+    logarithm of a share.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, *mixture: torch.Tensor) -> torch.Tensor:
+        """Return the complexity and keep its gradients."""
+        found = Components(*mixture)
+        precisions, value = found.log_precisions.exp(), weights.new_zeros(())
+        sums = weights.new_zeros(3, len(precisions))
+        gradients = []
+        for part in weights.split(_ROWS):
+            joint, apart = found.joint(part), part - found.means.unsqueeze(1)
+            total = joint.logsumexp(0)
+            shares = (joint - total).exp()
+            pulls = shares * apart
+            value -= total.sum()
+            gradients.append(precisions @ pulls)
+            sums += torch.stack([pulls.sum(1), (pulls * apart).sum(1), shares.sum(1)])
+        first, second, mass = sums
+        precise = 0.5 * (precisions * second - mass)
+        ctx.save_for_backward(torch.cat(gradients), -precisions * first, precise, -mass)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        """Return the gradients."""
+        return tuple(gradient[0] * kept for kept in ctx.saved_tensors)
+
+
 class Mixture(nn.Module):
     """A mixture that is learned: means but the first, log-precisions, and the shares' logits."""
 
@@ -92,7 +129,9 @@ class Mixture(nn.Module):
 
     def complexity(self, weights: torch.Tensor) -> torch.Tensor:
         """Return -sum_i log sum_j pi_j N(w_i | mu_j, 1 / lambda_j) (Ullrich et al. 2017, eq. 6 and 8)."""
-        return -self.components().joint(weights).logsumexp(1).sum()
+        found = self.components()
+        value: torch.Tensor = _Complexity.apply(weights, found.means, found.log_precisions, found.log_shares)
+        return value
 
     def hyperpriors(self, zero: Gamma, others: Gamma, zero_share: float, strength: float | None) -> torch.Tensor:
         """Return the negative logarithm of the priors on precisions and pi_0, without constants.

@@ -12,9 +12,6 @@ from torch import nn
 from rarefy_quantization.codebooks.config import SoftSharingConfig
 from rarefy_quantization.codebooks.mixture import Mixture
 
-_ROWS = 2**17
-"""Most weights that responsibilities are computed for at a time, in the end."""
-
 
 class MixturePrior(TrainingRule):
     """Adds the complexity of the weights to the loss, and learns the mixture beside them.
@@ -102,7 +99,7 @@ class SoftSharing(Technique[SoftSharingConfig]):
         for name in self.names:
             parameter = model.get_parameter(name)
             flat = parameter.flatten()
-            means = torch.cat([components.means[components.nearest(part)] for part in flat.split(_ROWS)])
+            means = components.means[components.nearest(flat)]
             parameter.copy_(means.masked_fill(flat == 0, 0).view_as(parameter))
             total, alive = total + flat.numel(), alive + int(parameter.count_nonzero())
         self.notes.append(
