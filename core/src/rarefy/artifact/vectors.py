@@ -91,7 +91,8 @@ def _best_blocks(ranks: NDArray[np.int64], size: int) -> int:
         distinct = np.bincount(block[new])
         return float((distinct * size + widths * rows * np.log2(distinct) / 8).sum()) + _BLOCK_BYTES * blocks
 
-    return min({*range(1, min(places, _MOST_BLOCKS) + 1), places}, key=cost)
+    best: int = min({*range(1, min(places, _MOST_BLOCKS) + 1), places}, key=cost)
+    return best
 
 
 def _part(grid: Bits, blocks: int) -> bytes | None:

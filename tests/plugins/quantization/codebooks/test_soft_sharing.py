@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from rarefy.errors import StageError
+from rarefy import compress, load
+from rarefy.artifact import inspect
+from rarefy.errors import RecipeError, StageError
 from rarefy.nouns import implement
 from rarefy.rules import rules_for
 from rarefy.tasks import ClassificationTask
@@ -61,6 +64,14 @@ class TestMixture:
         densities = norm.pdf(weights().numpy()[:, None], means, deviations)
         assert float(found.complexity(weights()).detach()) == pytest.approx(-np.log(densities @ shares).sum())
         assert shares.sum() == pytest.approx(1)
+
+    def test_many_weights_are_looked_at_in_parts(self) -> None:
+        found, values = mixture(), weights(20_000).requires_grad_()
+        whole = -found.components().joint(values).logsumexp(0).sum()
+        parameters = (values, found.means, found.log_precisions, found.logits)
+        wanted = torch.autograd.grad(whole, parameters, retain_graph=True)
+        torch.testing.assert_close(found.complexity(values), whole)
+        torch.testing.assert_close(torch.autograd.grad(found.complexity(values), parameters), wanted)
 
     @pytest.mark.parametrize("learn", [False, True])
     def test_gradients_are_those_of_finite_differences(self, learn: bool) -> None:
@@ -263,6 +274,26 @@ class TestTechnique:
         assert [layer.name for layer in technique.analyze(trained_digits, digits_task).layers] == [
             "conv1", "conv2", "fc1", "fc2",
         ]  # fmt: skip
+
+    def test_the_file_holds_codes_and_earlier_zeros_stay(
+        self, trained_digits: nn.Module, digits_task: ClassificationTask, tmp_path: Path
+    ) -> None:
+        prune = {"technique": "pruning/magnitude", "amount": 0.7, "scope": "layer"}
+        share = {"technique": "quantization/soft-weight-sharing", "strength": 1e-5, "finetune": {"lr": 1e-3}}
+        recipe = {"steps": [prune, share], "evaluate": {"batch_sizes": []}}
+        result = compress(trained_digits, recipe, digits_task, directory=tmp_path / "run")
+        pruned = load(tmp_path / "run" / "checkpoints" / "01.rarefy", base=lambda: copy.deepcopy(trained_digits))
+        assert not result.model.fc1.weight[pruned.fc1.weight == 0].any()
+        row = {row.tensor: row for row in inspect(tmp_path / "run" / "exports" / "model.rarefy")}["fc1.weight"]
+        codes = result.model.fc1.weight.unique(return_counts=True)[1].double()
+        bits = float(torch.special.entr(codes / codes.sum()).sum()) / math.log(2)
+        assert row.coding == "codebook"
+        assert row.bits_per_element < bits + 8 * (8 * len(codes) + 16) / int(codes.sum())
+
+    def test_codes_cannot_be_shared_again(self, trained_digits: nn.Module, digits_task: ClassificationTask) -> None:
+        share = {"technique": "quantization/soft-weight-sharing", "strength": 1e-5, "finetune": {}}
+        with pytest.raises(RecipeError, match="leaves weights that share few values"):
+            compress(trained_digits, {"steps": [share, {"technique": "quantization/kmeans"}]}, digits_task)
 
     def test_biases_can_share_too(self, digits_task: ClassificationTask, trained_digits: nn.Module) -> None:
         given = config(biases=True, finetune=Finetune(epochs=1, max_steps=2))
