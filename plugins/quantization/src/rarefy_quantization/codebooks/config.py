@@ -94,7 +94,7 @@ class SoftSharingConfig(TechniqueConfig):
     precision: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(gt=0)]] = (250, 0.1)
     """Shape and rate of the Gamma prior on the precision of each other component."""
     mean_lr: Rate = 1e-4
-    """Learning rate of the means, by Adam like those below. These three are the paper's, for some ten thousand steps; in
+    """Learning rate of the means, by Adam like those below. These three are the paper's, for ten thousand steps; in
     about a thousand the mixture follows the weights only at 3 to 10 times these rates."""
     precision_lr: Rate = 3e-3
     """Learning rate of the logarithms of the precisions."""
