@@ -79,6 +79,18 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"range": "entropy", "granularity": "tensor", "finetune": {}},
     ],
     "quantization/entropy-constrained": [{"rate": 2.0}, {"rate": 1.5, "importance": "curvature", "finetune": {}}],
+    "quantization/product": [
+        {"codes": 4, "length": 2, "blocks": 2},
+        {"codes": 4, "length": 4, "blocks": 2, "finetune": {}},
+    ],
+    "quantization/q-cnn": [
+        {"codes": 4, "length": 2, "blocks": 4, "batches": 2},
+        {"codes": 8, "length": 4, "blocks": 2, "batches": 2, "correct": False, "finetune": {}},
+    ],
+    "quantization/soft-weight-sharing": [
+        {"strength": 1e-3, "finetune": {}},
+        {"strength": 1e-3, "biases": True, "zero_share_strength": 100, "finetune": {}},
+    ],
     "quantization/vector": [{"length": 4, "codes": 16}, {"length": 2, "codes": 8, "finetune": {}}],
     "quantization/kmeans": [
         {"bits": 3},

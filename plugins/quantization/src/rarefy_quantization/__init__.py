@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
+    from rarefy_quantization.codebooks.config import ProductConfig, QCNNConfig, SoftSharingConfig
     from rarefy_quantization.config import (
         EntropyConstrainedConfig,
         GPTQConfig,
@@ -24,5 +25,6 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
     from rarefy_quantization.low_bit.config import BinaryConfig, TernaryConfig
     from rarefy_quantization.trellis.config import TrellisConfig
 
-    shared = [KMeansConfig, EntropyConstrainedConfig, VectorConfig]
-    return [*shared, UniformConfig, GPTQConfig, BinaryConfig, TernaryConfig, TrellisConfig]
+    shared: list[type[TechniqueConfig]] = [KMeansConfig, EntropyConstrainedConfig, VectorConfig]
+    shared += [ProductConfig, QCNNConfig, SoftSharingConfig]
+    return [*shared, UniformConfig, GPTQConfig, TrellisConfig, BinaryConfig, TernaryConfig]

@@ -69,10 +69,18 @@ class EntropyConstrainedConfig(WeightSharing):
     """Most iterations per layer; it stops earlier when no weight changes its value."""
 
 
-class VectorConfig(TechniqueConfig):
-    """Share vectors of consecutive weights: k-means over those of each layer, then fine-tuning of the centroids."""
+class VectorSharing(TechniqueConfig):
+    """Options of every technique that gives vectors of consecutive weights common codebooks."""
 
     traits: ClassVar[Traits] = Traits(leaves_codes=True, keeps_zeros=False, needs_dense_floats=True)
+
+    length: Literal[2, 3, 4, 6, 8, 9, 16, 25, 32] = 4
+    """Weights of a vector: consecutive ones of a row, which is all that makes one output; a 3 x 3 kernel has 9."""
+
+
+class VectorConfig(VectorSharing):
+    """Share vectors of consecutive weights: k-means over those of each layer, then fine-tuning of the centroids."""
+
     implementation: ClassVar[str] = "rarefy_quantization.vectors:VectorQuantization"
     paper: ClassVar[str] = (
         "Gong et al. 2014, Compressing deep convolutional networks using vector quantization; Stock et al. 2020, And "
@@ -80,8 +88,6 @@ class VectorConfig(TechniqueConfig):
     )
 
     technique: Literal["quantization/vector"] = "quantization/vector"
-    length: Literal[2, 3, 4, 6, 8, 9, 16, 25, 32] = 4
-    """Weights of a vector: consecutive ones of a row, which is all that makes one output; a 3 x 3 kernel has 9."""
     codes: int = Field(default=256, ge=2, le=65536)
     """Number of vectors that a layer may take; a weight costs log2(codes) / length bits, and the codebook comes on
     top."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from rarefy.hessian import columns
@@ -15,11 +16,12 @@ from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
 from rarefy_quantization.codes import Lookup, entropy
-from rarefy_quantization.config import VectorConfig
+from rarefy_quantization.config import VectorConfig, VectorSharing
 from rarefy_quantization.sharing import CodebookTechnique
 
 _ELEMENTS = 2**23
 """Most distances that are computed at a time."""
+ConfigT = TypeVar("ConfigT", bound=VectorSharing)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class VectorCoded:
     def lookup(self) -> Lookup:
         """Return the parametrization of the tensor by its codebook."""
         return SharedVectors(self)
+
+    def error(self, tensor: torch.Tensor) -> float:
+        """Return the squared error as a share of the square of `tensor`."""
+        exact = tensor.detach().double()
+        return float((self.decode().double() - exact).square().sum() / exact.square().sum())
+
+    def entropy(self) -> float:
+        """Return the order-0 entropy of the codes in bits per weight."""
+        return entropy(self.codes) / self.codebook.shape[1]
 
 
 class SharedVectors(Lookup):
@@ -61,8 +72,23 @@ class SharedVectors(Lookup):
         return rows.new_zeros(self.size).index_copy_(0, self.codes.long(), rows)
 
 
-class VectorQuantization(CodebookTechnique[VectorConfig]):
-    """Least squared error of vectors from few (Gong et al. 2014, section 3.3, with one codebook for a whole layer)."""
+class VectorQuantizer(CodebookTechnique[ConfigT]):
+    """Gives the vectors of each target layer codes; write `code` and `obstacle`."""
+
+    def code(self, tensor: torch.Tensor, seed: int) -> VectorCoded:
+        """Return `tensor` with few distinct vectors."""
+        raise NotImplementedError
+
+    def obstacle(self, weight: LayerWeight) -> str | None:
+        """Return why a layer whose rows can be cut into vectors is left alone, or None."""
+        raise NotImplementedError
+
+    def report(self, weight: LayerWeight, coded: VectorCoded) -> LayerReport:
+        """Return what becomes of a layer."""
+        count, length = coded.codebook.shape
+        action = f"{count:,} shared vectors of {length}, {math.log2(count) / length:.2f} bits per weight"
+        scores = {"distinct": count, "relative_mse": coded.error(weight.parameter), "entropy": coded.entropy()}
+        return LayerReport(name=weight.name, kind=weight.kind, action=action, scores=scores)
 
     @torch.no_grad()
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
@@ -70,13 +96,17 @@ class VectorQuantization(CodebookTechnique[VectorConfig]):
         weights, skipped = layer_weights(model, self.config)
         layers, plan = [], {}
         for weight in weights:
-            if (obstacle := self._obstacle(weight)) is not None:
+            if (obstacle := uneven(weight, self.config.length) or self.obstacle(weight)) is not None:
                 skipped.append(SkippedLayer(name=weight.name, kind=weight.kind, reason=obstacle))
                 continue
             name = f"{weight.name}.weight"
             plan[name] = self.code(weight.parameter.detach(), derive(self.seed, name))
-            layers.append(_report(weight, plan[name]))
+            layers.append(self.report(weight, plan[name]))
         return Analysis(tuple(layers), tuple(skipped), plan)
+
+
+class VectorQuantization(VectorQuantizer[VectorConfig]):
+    """Least squared error of vectors from few (Gong et al. 2014, section 3.3, with one codebook for a whole layer)."""
 
     def code(self, tensor: torch.Tensor, seed: int) -> VectorCoded:
         """Return `tensor` with at most as many distinct vectors as the options say."""
@@ -85,15 +115,18 @@ class VectorQuantization(CodebookTechnique[VectorConfig]):
         codes, codebook = cluster(rows.double(), self.config.codes, self.config.rounds, generator)
         return VectorCoded(codes.int(), codebook.to(tensor.dtype), tensor.shape)
 
-    def _obstacle(self, weight: LayerWeight) -> str | None:
-        """Return why a layer is left alone, or None."""
-        length, row = self.config.length, columns(weight.layer)
-        count = weight.parameter.numel() // length
-        if row % length:
-            return f"its outputs have {row:,} weights each, no multiple of `length`, {length}"
+    def obstacle(self, weight: LayerWeight) -> str | None:
+        """Return that a layer has too few vectors, if so."""
+        count = weight.parameter.numel() // self.config.length
         if count <= self.config.codes:
-            return f"it has {count:,} vectors of {length}, and `codes` is {self.config.codes:,}"
+            return f"it has {count:,} vectors of {self.config.length}, and `codes` is {self.config.codes:,}"
         return None
+
+
+def uneven(weight: LayerWeight, length: int) -> str | None:
+    """Return why the rows of a layer cannot be cut into vectors, or None when they can."""
+    row = columns(weight.layer)
+    return f"its outputs have {row:,} weights each, no multiple of `length`, {length}" if row % length else None
 
 
 def cluster(
@@ -148,19 +181,3 @@ def _means(rows: torch.Tensor, codes: torch.Tensor, count: int) -> tuple[torch.T
     sizes = torch.bincount(codes, minlength=count)
     sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, codes, rows)
     return sums / sizes.clamp(min=1).unsqueeze(1), sizes == 0
-
-
-def _report(weight: LayerWeight, coded: VectorCoded) -> LayerReport:
-    exact = weight.parameter.detach().double()
-    error = (coded.decode().double() - exact).square().sum() / exact.square().sum()
-    count, length = coded.codebook.shape
-    return LayerReport(
-        name=weight.name,
-        kind=weight.kind,
-        action=f"{count:,} shared vectors of {length}, {math.log2(count) / length:.2f} bits per weight",
-        scores={
-            "distinct": count,
-            "relative_mse": float(error),
-            "entropy": entropy(coded.codes) / length,
-        },
-    )
