@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 from rarefy.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from rarefy_schemas import ExporterConfig, ObjectiveConfig, SourceConfig
+    from rarefy_schemas import ExporterConfig, ObjectiveConfig, SourceConfig, TechniqueConfig
+
+
+@hookimpl
+def register_techniques() -> Iterable[type[TechniqueConfig]]:
+    """Register the steps that belong to no family."""
+    from rarefy.recovery.config import BatchNormConfig
+
+    return [BatchNormConfig]
 
 
 @hookimpl
