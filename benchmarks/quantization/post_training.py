@@ -33,6 +33,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
        ("min-max", "percentile", "mse", "entropy")},
     **{f"gptq, {r}, {b} bits": {"technique": "gptq", "range": r, "bits": b} for b in (8, 4, 3, 2) for r in
        ("min-max", "mse")},
+    **{f"adaround, {r}, {b} bits": {"technique": "adaround", "range": r, "bits": b} for b in (4, 3, 2) for r in
+       ("min-max", "mse")},
+    **{f"adaround as published, {b} bits": {"technique": "adaround", "settle": False, "bits": b} for b in (4, 3, 2)},
     **{f"kmeans, {b} bits": {"technique": "kmeans", "bits": b} for b in (4, 3, 2)},
     **{f"vector, {codes} of {length}": {"technique": "vector", "codes": codes, "length": length} for codes, length in
        ((256, 4), (256, 9))},

@@ -56,6 +56,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pruning/snip": [{"amount": 0.6}, {"amount": 0.6, "schedule": "cubic", "finetune": {}}],
     "pruning/sparsegpt": [{"amount": 0.6, "batches": 2}, {"pattern": "2:4", "batches": 2, "finetune": {}}],
     "pruning/wanda": [{"amount": 0.6}, {"pattern": "2:4", "schedule": "iterative", "finetune": {}}],
+    "quantization/adaround": [
+        {"bits": 3, "batches": 2, "iterations": 20},
+        {"bits": 2, "batches": 2, "iterations": 20, "granularity": "tensor", "sequential": False, "finetune": {}},
+    ],
     "quantization/binary": [
         {},
         {"method": "bwn", "gradient": "scaled", "granularity": "tensor", "finetune": {}},

@@ -141,30 +141,36 @@ class UniformConfig(GridQuantization):
         return "unlabelled" if self.correct_bias else "none"
 
 
-class GPTQConfig(GridQuantization):
-    """Round weights input by input and let the later inputs make up for the error of the outputs."""
+class CalibratedGridQuantization(GridQuantization):
+    """Options of every technique that rounds one layer after the other so that its outputs stay the nearest."""
 
     traits: ClassVar[Traits] = Traits(data="unlabelled", leaves_codes=True, keeps_zeros=True, needs_dense_floats=True)
+
+    bits: GridBits = 4
+    """Bits per code: a weight takes one of 2^bits values."""
+    batches: int = Field(default=8, ge=1)
+    """Number of calibration batches."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples per calibration batch; the task's own number when absent."""
+    sequential: bool = True
+    """Calibrate each layer with those before it already quantized, on the inputs it will have."""
+    max_inputs: int = Field(default=16384, ge=1)
+    """Most inputs of one output, kernel positions included; H takes their square, and larger layers are left alone."""
+
+
+class GPTQConfig(CalibratedGridQuantization):
+    """Round weights input by input and let the later inputs make up for the error of the outputs."""
+
     implementation: ClassVar[str] = "rarefy_quantization.gptq:GPTQ"
     paper: ClassVar[str] = (
         "Frantar et al. 2023, GPTQ: accurate post-training quantization for generative pre-trained transformers"
     )
 
     technique: Literal["quantization/gptq"] = "quantization/gptq"
-    bits: GridBits = 4
-    """Bits per code: a weight takes one of 2^bits values."""
     order: Literal["data", "activation"] = "activation"
     """Order in which inputs are rounded: as they lie, or those with the largest mean square first, before errors have
     gathered."""
-    batches: int = Field(default=8, ge=1)
-    """Number of calibration batches."""
-    batch_size: int | None = Field(default=None, ge=1)
-    """Samples per calibration batch; the task's own number when absent."""
     damping: float = Field(default=0.01, gt=0)
     """Share of the Hessian's mean diagonal that is added to its diagonal; more makes it nearer to plain rounding."""
-    sequential: bool = True
-    """Calibrate each layer with those before it already quantized, on the inputs it will have."""
     block: int = Field(default=128, ge=1)
     """Inputs between two updates of all later ones; it changes the time, and the result only by rounding."""
-    max_inputs: int = Field(default=16384, ge=1)
-    """Most inputs of one output, kernel positions included; H takes their square, and larger layers are left alone."""
