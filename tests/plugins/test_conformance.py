@@ -66,6 +66,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"method": "binary-connect", "stochastic": True, "keep_ends": False, "finetune": {}},
         {"method": "loss-aware", "finetune": {}},
     ],
+    "quantization/equalize": [{}, {"fold": False, "finetune": {}}],
     "quantization/gptq": [
         {"bits": 3, "batches": 2},
         {"bits": 2, "batches": 2, "granularity": "group", "group_size": 32, "symmetric": False, "finetune": {}},

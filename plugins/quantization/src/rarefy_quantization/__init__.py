@@ -22,7 +22,7 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
         VectorConfig,
     )
     from rarefy_quantization.low_bit.config import BinaryConfig, TernaryConfig
-    from rarefy_quantization.rounding.config import AdaRoundConfig
+    from rarefy_quantization.rounding.config import AdaRoundConfig, EqualizeConfig
 
     shared = [KMeansConfig, EntropyConstrainedConfig, VectorConfig]
-    return [*shared, UniformConfig, GPTQConfig, AdaRoundConfig, BinaryConfig, TernaryConfig]
+    return [*shared, UniformConfig, GPTQConfig, AdaRoundConfig, EqualizeConfig, BinaryConfig, TernaryConfig]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from rarefy_schemas import TechniqueConfig, Traits
 
 from rarefy_quantization.config import CalibratedGridQuantization
 
@@ -25,3 +26,17 @@ class AdaRoundConfig(CalibratedGridQuantization):
     on average."""
     settle: bool = True
     """Whether decisions are reversed afterwards, one by one, as long as that lowers the error; the paper does not."""
+
+
+class EqualizeConfig(TechniqueConfig):
+    """Balance the ranges of channels between the layers that write and read them, the network's function kept."""
+
+    traits: ClassVar[Traits] = Traits(changes_shapes=True, needs_dense_floats=True)
+    implementation: ClassVar[str] = "rarefy_quantization.rounding.equalize:Equalize"
+    paper: ClassVar[str] = "Nagel et al. 2019, Data-free quantization through weight equalization and bias correction"
+
+    technique: Literal["quantization/equalize"] = "quantization/equalize"
+    fold: bool = True
+    """Take batch norms into the layers before them first; channels with a norm in their midst are left alone."""
+    rounds: int = Field(default=50, ge=1)
+    """Most passes over all pairs of layers; it stops earlier when none changes a channel by more than 0.1 %."""
