@@ -71,6 +71,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 3, "batches": 2},
         {"bits": 2, "batches": 2, "granularity": "group", "group_size": 32, "symmetric": False, "finetune": {}},
         {"bits": 3, "batches": 2, "granularity": "tensor", "sequential": False, "order": "data"},
+        {"target": {"most": 3, "choices": [2, 4], "batches": 1}, "batches": 1},
     ],
     "quantization/ternary": [
         {},
@@ -82,6 +83,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 3, "range": "min-max", "symmetric": False, "correct_bias": True, "finetune": {}},
         {"bits": 2, "range": "percentile", "granularity": "group", "group_size": 32},
         {"range": "entropy", "granularity": "tensor", "finetune": {}},
+        {"target": {"measure": "bytes", "most": 5000, "by": "loss"}},
     ],
     "quantization/entropy-constrained": [{"rate": 2.0}, {"rate": 1.5, "importance": "curvature", "finetune": {}}],
     "quantization/vector": [{"length": 4, "codes": 16}, {"length": 2, "codes": 8, "finetune": {}}],

@@ -9,7 +9,7 @@ from rarefy.hessian import InputHessian
 from rarefy.layerwise import LayerCalibration, solve_layers_, worst_error
 from rarefy.task import Task
 from rarefy.technique import Analysis
-from rarefy.weights import layer_weights, per_layer
+from rarefy.weights import layer_weights
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
@@ -33,13 +33,13 @@ class LayerwiseQuantizer(GridQuantizer[ConfigT]):
 
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
         """Say which layers are quantized, in the order in which the data reaches them."""
-        weights, skipped = layer_weights(model, self.config)
-        bits = per_layer([w.name for w in weights] + [s.name for s in skipped], self.config.per_layer, self.config.bits)
+        found, skipped = layer_weights(model, self.config)
+        ordered = self._calibration(task).order(model, found)
+        skipped += [SkippedLayer(name=w.name, kind=w.kind, reason=why) for w, why in ordered if why is not None]
+        weights = [weight for weight, why in ordered if why is None]
+        bits = self.widths(model, weights, skipped, task)
         layers, plan = [], {}
-        for weight, obstacle in self._calibration(task).order(model, weights):
-            if obstacle is not None:
-                skipped.append(SkippedLayer(name=weight.name, kind=weight.kind, reason=obstacle))
-                continue
+        for weight in weights:
             width = plan[weight.name] = bits[weight.name]
             layers.append(
                 LayerReport(
