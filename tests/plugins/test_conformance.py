@@ -67,6 +67,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"method": "loss-aware", "finetune": {}},
     ],
     "quantization/equalize": [{}, {"fold": False, "finetune": {}}],
+    "quantization/fixed-point": [
+        {"integer_bits": 1, "fraction_bits": 4},
+        {"integer_bits": 1, "fraction_bits": 5, "finetune": {}},
+    ],
     "quantization/gptq": [
         {"bits": 3, "batches": 2},
         {"bits": 2, "batches": 2, "granularity": "group", "group_size": 32, "symmetric": False, "finetune": {}},

@@ -22,7 +22,8 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
         VectorConfig,
     )
     from rarefy_quantization.low_bit.config import BinaryConfig, TernaryConfig
-    from rarefy_quantization.rounding.config import AdaRoundConfig, EqualizeConfig
+    from rarefy_quantization.rounding.config import AdaRoundConfig, EqualizeConfig, FixedPointConfig
 
     shared = [KMeansConfig, EntropyConstrainedConfig, VectorConfig]
-    return [*shared, UniformConfig, GPTQConfig, AdaRoundConfig, EqualizeConfig, BinaryConfig, TernaryConfig]
+    rounding = [UniformConfig, GPTQConfig, AdaRoundConfig, FixedPointConfig, EqualizeConfig]
+    return [*shared, *rounding, BinaryConfig, TernaryConfig]

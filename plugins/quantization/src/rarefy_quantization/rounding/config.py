@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rarefy_schemas import TechniqueConfig, Traits
 
 from rarefy_quantization.config import CalibratedGridQuantization
@@ -40,3 +40,33 @@ class EqualizeConfig(TechniqueConfig):
     """Take batch norms into the layers before them first; channels with a norm in their midst are left alone."""
     rounds: int = Field(default=50, ge=1)
     """Most passes over all pairs of layers; it stops earlier when none changes a channel by more than 0.1 %."""
+
+
+class FixedPointConfig(TechniqueConfig):
+    """Keep weights in fixed point; with fine-tuning, round them again after every update, up or down by chance.
+
+    Gradients, activations and the state of the optimizer stay in floating point, unlike those of the paper.
+    """
+
+    traits: ClassVar[Traits] = Traits(start="either", leaves_codes=True, needs_dense_floats=True)
+    implementation: ClassVar[str] = "rarefy_quantization.rounding.fixed_point:FixedPoint"
+    paper: ClassVar[str] = "Gupta et al. 2015, Deep learning with limited numerical precision"
+
+    technique: Literal["quantization/fixed-point"] = "quantization/fixed-point"
+    integer_bits: int = Field(default=2, ge=1, le=16)
+    """Bits before the point, the sign among them: values reach from -2^(integer_bits - 1) up to one step below the
+    opposite."""
+    fraction_bits: int = Field(default=14, ge=0, le=22)
+    """Bits after the point: the step is 2^-fraction_bits. 24 bits in all at most, which float32 holds exactly."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How updated weights are rounded in training. Stochastic is right on average; to the nearest, updates of less than
+    half a step are lost. What is rounded before training goes to the nearest."""
+    biases: bool = True
+    """Whether the biases of the layers are kept in fixed point too."""
+
+    @model_validator(mode="after")
+    def _fits_float32(self) -> Self:
+        if self.integer_bits + self.fraction_bits > 24:
+            total = self.integer_bits + self.fraction_bits
+            raise ValueError(f"`integer_bits` and `fraction_bits` make {total} bits, and float32 holds 24; give fewer")
+        return self
