@@ -77,6 +77,15 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 3, "batches": 2, "granularity": "tensor", "sequential": False, "order": "data"},
         {"target": {"most": 3, "choices": [2, 4], "batches": 1}, "batches": 1},
     ],
+    "quantization/hwgq": [
+        {},
+        {"bits": 1, "levels": "free", "backward": "log-tailed", "sigma": "one", "keep_ends": False, "finetune": {}},
+    ],
+    "quantization/xnor": [
+        {},
+        {"norm": "always", "granularity": "tensor", "finetune": {}},
+        {"method": "binary-net", "norm": "never", "keep_ends": False, "finetune": {}},
+    ],
     "quantization/ternary": [
         {},
         {"threshold": "exact", "granularity": "tensor", "keep_ends": False, "finetune": {}},
