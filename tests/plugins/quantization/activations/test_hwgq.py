@@ -70,6 +70,11 @@ class TestActivation:
         assert x.grad is not None
         assert x.grad.item() == pytest.approx(1.0)
 
+    def test_it_is_exported_with_its_levels(self) -> None:
+        model, x = nn.Sequential(nn.Linear(3, 4), HalfWave(2, uniform=False)).eval(), torch.randn(5, 3)
+        exported = torch.export.export(model, (x,)).module()
+        assert torch.equal(exported(x), model(x))
+
     def test_bits_out_of_range_are_refused(self) -> None:
         with pytest.raises(ValueError, match="from 1 to 8 bits"):
             HalfWave(9)

@@ -101,6 +101,11 @@ class TestLayers:
         # two Gaussian factors each correlate with their signs by sqrt(2 / pi)
         assert float(torch.corrcoef(torch.stack([one, other]))[0, 1]) == pytest.approx(2 / np.pi, abs=0.05)
 
+    def test_they_are_exported(self) -> None:
+        layers = SignConv2d(2, 4, (3, 3), padding=(1, 1), groups=2), nn.Flatten(), SignLinear(64, 3)
+        model, x = nn.Sequential(*layers).eval(), normal(2, 2, 4, 4)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
     def test_without_scales_of_inputs_products_of_signs_are_whole_numbers(self) -> None:
         layer = SignConv2d(3, 2, (3, 3), bias=False, input_scale=False)
         layer.weight.data = normal(2, 3, 3, 3).sign()

@@ -25,7 +25,8 @@ def half_gaussian_levels(count: int, uniform: bool) -> tuple[float, ...]:
     Lloyd's iterations on quantiles of the distribution; with `uniform` the levels are d, 2 d, ..., of which each round
     takes the d that fits best the levels that are nearest by then (Cai et al. 2017, section 4.2 and eq. 9).
     """
-    places = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS
+    # modules of a file are constructed on the meta device
+    places = (torch.arange(_POINTS, dtype=torch.float64, device="cpu") + 0.5) / _POINTS
     values = math.sqrt(2) * torch.erfinv(places)
     if not uniform:
         start = density(values, count, torch.Generator())
@@ -49,21 +50,20 @@ class HalfWave(nn.Module):
 
     def __init__(self, bits: int, uniform: bool = True, log_tailed: bool = False, sigma: float = 1.0) -> None:
         super().__init__()
-        self.bits, self.uniform, self.log_tailed, self.sigma = bits, uniform, log_tailed, sigma
         if not 1 <= bits <= 8:
             raise ValueError(f"a half-wave quantizer has from 1 to 8 bits, not {bits}")
-
-    @property
-    def levels(self) -> tuple[float, ...]:
+        self.bits, self.uniform, self.log_tailed, self.sigma = bits, uniform, log_tailed, sigma
+        self.levels = half_gaussian_levels(2**bits - 1, uniform)
         """The levels above zero, for a standard deviation of 1."""
-        return half_gaussian_levels(2**self.bits - 1, self.uniform)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the quantized activations."""
         scaled, levels = x / self.sigma, self.levels
-        edges = [0.0, *((low + high) / 2 for low, high in pairwise(levels))]
-        places = torch.bucketize(scaled.detach(), torch.tensor(edges, dtype=x.dtype, device=x.device))
-        values = torch.tensor([0.0, *levels], dtype=x.dtype, device=x.device)[places]
+        edges = (0.0, *((low + high) / 2 for low, high in pairwise(levels)))
+        values = torch.zeros_like(scaled)
+        # no table look-up: exporters know comparisons
+        for edge, level in zip(edges, levels, strict=True):
+            values = torch.where(scaled.detach() > edge, level, values)
         tail = torch.log1p((scaled - levels[-1]).clamp(min=0)) if self.log_tailed else 0.0
         return with_gradient(values, scaled.clamp(0, levels[-1]) + tail) * self.sigma
 
