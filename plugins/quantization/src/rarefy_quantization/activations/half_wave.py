@@ -65,7 +65,7 @@ class HalfWave(nn.Module):
         for edge, level in zip(edges, levels, strict=True):
             values = torch.where(scaled.detach() > edge, level, values)
         tail = torch.log1p((scaled - levels[-1]).clamp(min=0)) if self.log_tailed else 0.0
-        return with_gradient(values, scaled.clamp(0, levels[-1]) + tail) * self.sigma
+        return with_gradient(values, scaled.clamp(0.0, levels[-1]) + tail) * self.sigma
 
     def extra_repr(self) -> str:
         """Return what the printed model says of the module."""
