@@ -67,6 +67,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"method": "loss-aware", "finetune": {}},
     ],
     "quantization/equalize": [{}, {"fold": False, "finetune": {}}],
+    "quantization/few-multiplications": [
+        {},
+        {"finetune": {}},
+        {"values": "binary", "keep_ends": False, "finetune": {}},
+    ],
     "quantization/fixed-point": [
         {"integer_bits": 1, "fraction_bits": 4},
         {"integer_bits": 1, "fraction_bits": 5, "finetune": {}},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
-    from rarefy_quantization.activations.config import HwgqConfig, XnorConfig
+    from rarefy_quantization.activations.config import FewMultiplicationsConfig, HwgqConfig, XnorConfig
     from rarefy_quantization.config import (
         EntropyConstrainedConfig,
         GPTQConfig,
@@ -27,4 +27,5 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
 
     shared = [KMeansConfig, EntropyConstrainedConfig, VectorConfig]
     rounding = [UniformConfig, GPTQConfig, AdaRoundConfig, FixedPointConfig, EqualizeConfig]
-    return [*shared, *rounding, BinaryConfig, TernaryConfig, XnorConfig, HwgqConfig]
+    low_bit = [BinaryConfig, TernaryConfig, XnorConfig, HwgqConfig, FewMultiplicationsConfig]
+    return [*shared, *rounding, *low_bit]

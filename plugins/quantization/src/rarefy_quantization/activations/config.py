@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rarefy_schemas import Traits
 
 from rarefy_quantization.low_bit.config import LowBitQuantization
@@ -65,3 +65,31 @@ class HwgqConfig(LowBitQuantization):
     trained."""
     batches: int = Field(default=4, ge=1)
     """Calibration batches that are measured."""
+
+
+class FewMultiplicationsConfig(LowBitQuantization):
+    """Train weights that are drawn from two or three values, their gradients from inputs rounded to powers of two.
+
+    It shows what such training does to a network, and leaves the network that it gives; it makes nothing faster here.
+    """
+
+    traits: ClassVar[Traits] = Traits(start="either", leaves_codes=True, keeps_zeros=False, needs_dense_floats=True)
+    implementation: ClassVar[str] = "rarefy_quantization.activations.few_multiplications:FewMultiplications"
+    paper: ClassVar[str] = "Lin et al. 2016, Neural networks with few multiplications"
+
+    technique: Literal["quantization/few-multiplications"] = "quantization/few-multiplications"
+    values: Literal["ternary", "binary"] = "ternary"
+    """Values of a weight: -a, 0 and a, or -a and a, with the constant a of Glorot's initialization. Training draws
+    them, right on average; what is evaluated and what remains are the nearest."""
+    shifts: int = Field(default=4, ge=0, le=16)
+    """Inputs are rounded to powers of two from 2^-shifts to 2^shifts, and to zero below."""
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        if self.granularity != "channel":
+            raise ValueError("`granularity` says nothing here, as a layer has one constant; leave it out")
+        if self.finetune is not None and self.finetune.precision != "no":
+            raise ValueError(
+                "`precision` of `finetune` has to be `no`: inputs are rounded where they are kept in float32"
+            )
+        return self
