@@ -28,7 +28,8 @@ class AdaRound(LayerwiseQuantizer[AdaRoundConfig]):
     The error is that of eq. 21 of the paper (Nagel et al. 2020) with the outputs of the original network as target and,
     where `sequential` is set, the inputs of the quantized one (section 3.2). It is quadratic in the weights, so that
     the second moments of the inputs take the place of the paper's mini-batches, and what comes after the layer, a
-    ReLU say, is not looked at. What Adam leaves is far from the best on correlated inputs; `settle` improves it.
+    ReLU say, is not looked at. `settle` lowers what error Adam leaves: that of the outputs of digits_cnn at 2 and 3
+    bits to about a third and a half, while the accuracy of ResNet-20 stays the same (docs/benchmarks.md).
     """
 
     def reference(self, model: nn.Module) -> nn.Module | None:
