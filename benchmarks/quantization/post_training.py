@@ -33,6 +33,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
        ("min-max", "percentile", "mse", "entropy")},
     **{f"gptq, {r}, {b} bits": {"technique": "gptq", "range": r, "bits": b} for b in (8, 4, 3, 2) for r in
        ("min-max", "mse")},
+    **{f"adaround, {r}, {b} bits": {"technique": "adaround", "range": r, "bits": b} for b in (4, 3, 2) for r in
+       ("min-max", "mse")},
+    **{f"adaround as published, {b} bits": {"technique": "adaround", "settle": False, "bits": b} for b in (4, 3, 2)},
+    **{f"{technique}, {most} bits on average": {"technique": technique, "target": {"most": most}}
+       for technique, most in (("uniform", 4), ("uniform", 3), ("gptq", 2.5))},
     **{f"kmeans, {b} bits": {"technique": "kmeans", "bits": b} for b in (4, 3, 2)},
     **{f"vector, {codes} of {length}": {"technique": "vector", "codes": codes, "length": length} for codes, length in
        ((256, 4), (256, 9), (16, 4))},

@@ -82,6 +82,26 @@ class TestSolving:
             x = (model if sequential else twin).first(torch.cat(task.batches))
         torch.testing.assert_close(seen["last"][0], 2 / 30 * x.T @ x)
 
+    def test_a_reference_tells_what_the_inputs_of_a_layer_were(self) -> None:
+        model, task = Reversed(), data()
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def solve(name: str, layer: nn.Module, hessian: InputHessian) -> torch.Tensor:
+            seen[name] = hessian.value.clone(), hessian.cross.clone()
+            return halve(name, layer, hessian)
+
+        twin, x = copy.deepcopy(model), torch.cat(task.batches)
+        solve_layers_(model, ["first", "last"], LayerCalibration(task), solve, reference=twin)
+        with torch.no_grad():
+            before, now = twin.first(x), model.first(x)
+        torch.testing.assert_close(seen["last"][0][0], 2 / 30 * now.T @ now)
+        torch.testing.assert_close(seen["last"][1][0], 2 / 30 * before.T @ now)
+        torch.testing.assert_close(*seen["first"])
+
+    def test_without_a_reference_the_inputs_are_what_they_should_be(self) -> None:
+        hessian = LayerCalibration(data()).hessian(Reversed(), "first")
+        assert torch.equal(hessian.cross, hessian.value)
+
     def test_errors_are_those_of_the_outputs(self) -> None:
         model = Reversed()
         errors = solve_layers_(model, ["first", "last"], LayerCalibration(data()), halve)

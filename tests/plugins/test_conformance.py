@@ -57,16 +57,40 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pruning/sparsegpt": [{"amount": 0.6, "batches": 2}, {"pattern": "2:4", "batches": 2, "finetune": {}}],
     "pruning/wanda": [{"amount": 0.6}, {"pattern": "2:4", "schedule": "iterative", "finetune": {}}],
     "recovery/batch-norm": [{}],
+    "quantization/adaround": [
+        {"bits": 3, "batches": 2, "iterations": 20},
+        {"bits": 2, "batches": 2, "iterations": 20, "granularity": "tensor", "sequential": False, "finetune": {}},
+    ],
     "quantization/binary": [
         {},
         {"method": "bwn", "gradient": "scaled", "granularity": "tensor", "finetune": {}},
         {"method": "binary-connect", "stochastic": True, "keep_ends": False, "finetune": {}},
         {"method": "loss-aware", "finetune": {}},
     ],
+    "quantization/equalize": [{}, {"fold": False, "finetune": {}}],
+    "quantization/few-multiplications": [
+        {},
+        {"finetune": {}},
+        {"values": "binary", "keep_ends": False, "finetune": {}},
+    ],
+    "quantization/fixed-point": [
+        {"integer_bits": 1, "fraction_bits": 4},
+        {"integer_bits": 1, "fraction_bits": 5, "finetune": {}},
+    ],
     "quantization/gptq": [
         {"bits": 3, "batches": 2},
         {"bits": 2, "batches": 2, "granularity": "group", "group_size": 32, "symmetric": False, "finetune": {}},
         {"bits": 3, "batches": 2, "granularity": "tensor", "sequential": False, "order": "data"},
+        {"target": {"most": 3, "choices": [2, 4], "batches": 1}, "batches": 1},
+    ],
+    "quantization/hwgq": [
+        {},
+        {"bits": 1, "levels": "free", "backward": "log-tailed", "sigma": "one", "keep_ends": False, "finetune": {}},
+    ],
+    "quantization/xnor": [
+        {},
+        {"norm": "always", "granularity": "tensor", "finetune": {}},
+        {"method": "binary-net", "norm": "never", "keep_ends": False, "finetune": {}},
     ],
     "quantization/ternary": [
         {},
@@ -78,6 +102,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 3, "range": "min-max", "symmetric": False, "correct_bias": True, "finetune": {}},
         {"bits": 2, "range": "percentile", "granularity": "group", "group_size": 32},
         {"range": "entropy", "granularity": "tensor", "finetune": {}},
+        {"target": {"measure": "bytes", "most": 5000, "by": "loss"}},
     ],
     "quantization/entropy-constrained": [{"rate": 2.0}, {"rate": 1.5, "importance": "curvature", "finetune": {}}],
     "quantization/product": [
@@ -93,6 +118,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"strength": 1e-3, "biases": True, "zero_share_strength": 100, "finetune": {}},
     ],
     "quantization/vector": [{"length": 4, "codes": 16}, {"length": 2, "codes": 8, "finetune": {}}],
+    "quantization/trellis": [{"rate": 3.0}, {"rate": 2.0, "per_layer": {"*": 4.0}, "finetune": {}}],
     "quantization/kmeans": [
         {"bits": 3},
         {"bits": 3, "init": "random", "finetune": {}},

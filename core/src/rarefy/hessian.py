@@ -93,6 +93,11 @@ class InputHessian:
             self.mean.baddbmm_(x.mT, x, beta=1 - share, alpha=2 / self.seen)
 
     @property
+    def cross(self) -> torch.Tensor:
+        """2/N sum x0 x^T with x0 the inputs that the layer should have had; those it has, unless `update_pair` told."""
+        return self.value
+
+    @property
     def value(self) -> torch.Tensor:
         """H, `(groups, columns, columns)`; raises `StageError` when no or no finite inputs were seen."""
         if self.seen == 0:
@@ -121,6 +126,32 @@ class InputHessian:
         """Return the squared error of the outputs, mean over the vectors, that a change of the rows causes."""
         change = change.to(self.mean)
         return 0.5 * float(torch.einsum("gri,gij,grj->", change, self.value, change))
+
+
+class PairedHessian(InputHessian):
+    """Accumulates, beside H, the products with the inputs x0 that the layer had before those in front of it changed.
+
+    Rows Q that give W x0 as nearly as they can on the inputs x minimise 1/2 Q H Q^T - Q K^T W^T, where K is `cross`.
+    """
+
+    def __init__(self, layer: nn.Module, name: str = "", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(layer, name, dtype)
+        self.products = torch.zeros_like(self.mean)
+
+    @torch.no_grad()
+    def update_pair(self, before: torch.Tensor, inputs: torch.Tensor, user: nn.Module | None = None) -> None:
+        """Take in one input of the layer, or of `user`, and what it was before."""
+        layer = user or self.layer
+        for x0, x in zip(vectors(layer, before.to(self.mean)), vectors(layer, inputs.to(self.mean)), strict=True):
+            self.seen += x.shape[1]
+            share = x.shape[1] / self.seen
+            self.mean.baddbmm_(x.mT, x, beta=1 - share, alpha=2 / self.seen)
+            self.products.baddbmm_(x0.mT, x, beta=1 - share, alpha=2 / self.seen)
+
+    @property
+    def cross(self) -> torch.Tensor:
+        """2/N sum x0 x^T, `(groups, columns, columns)`."""
+        return self.products
 
 
 def inverse(hessian: torch.Tensor, name: str = "a layer") -> torch.Tensor:

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from rarefy.calibration import Visit, stream_inputs
-from rarefy.hessian import InputHessian, as_rows, columns
+from rarefy.calibration import Visit, stream_inputs, stream_together
+from rarefy.hessian import InputHessian, PairedHessian, as_rows, columns
 from rarefy.progress import track
 from rarefy.task import Task
 from rarefy.weights import LayerWeight, holders
@@ -49,14 +49,28 @@ class LayerCalibration:
         """Return the Hessian of a layer over the inputs of all layers that share its weight."""
         layer = model.get_submodule(name)
         parameter = layer.get_parameter("weight")
-        # torch computes in double precision everywhere but on Apple's devices
-        dtype = torch.float32 if parameter.device.type == "mps" else self.dtype
-        hessian = InputHessian(layer, name, dtype)
+        hessian = InputHessian(layer, name, self._precision(parameter))
         users = holders(model, parameter)
         visits: dict[str, Visit] = {user: partial(hessian.update, user=model.get_submodule(user)) for user in users}
         batches = self.task.calibration(self.batch_size, self.batches)
         stream_inputs(model, batches, visits, f"calibrating {name}", self.batches)
         return hessian
+
+    def paired_hessian(self, model: nn.Module, reference: nn.Module, name: str) -> PairedHessian:
+        """Return the Hessian of a layer with what its inputs are in `reference`, a model of the same layers."""
+        layer = model.get_submodule(name)
+        parameter = layer.get_parameter("weight")
+        hessian = PairedHessian(layer, name, self._precision(parameter))
+        for user in holders(model, parameter):
+            batches = self.task.calibration(self.batch_size, self.batches)
+            calls = stream_together((reference, model), batches, user, f"calibrating {name}", self.batches)
+            for (before, _), (now, _) in calls:
+                hessian.update_pair(before, now, model.get_submodule(user))
+        return hessian
+
+    def _precision(self, parameter: nn.Parameter) -> torch.dtype:
+        # torch computes in double precision everywhere but on Apple's devices
+        return torch.float32 if parameter.device.type == "mps" else self.dtype
 
     def _places(self, model: nn.Module, weights: Sequence[LayerWeight]) -> dict[str, int]:
         """Return when the first batch reaches each weight, by any of its layers; absent where it does not."""
@@ -87,19 +101,25 @@ def solve_layers_(
     solve: Solve,
     sequential: bool = True,
     description: str = "layers",
+    reference: nn.Module | None = None,
 ) -> dict[str, float]:
     """Replace the rows of the named layers by what `solve` returns, one layer after the other.
 
     With `sequential` each layer is calibrated on the model as it is then, behind the layers already changed; otherwise
-    on the model as it was, at the price of memory for all new weights. Returns the squared error of each layer's
-    outputs relative to their squares, on the inputs it was calibrated on.
+    on the model as it was, at the price of memory for all new weights. With `reference`, the model as it was, the
+    Hessians tell in `cross` what the inputs of the layer are there.
+
+    Returns the squared error of each layer's outputs relative to their squares, on the inputs it was calibrated on.
     """
     names = list(names)
     later: list[Callable[[], None]] = []
     errors: dict[str, float] = {}
     for name in track(names, description, len(names)):
         layer = model.get_submodule(name)
-        hessian = calibration.hessian(model, name)
+        if reference is None:
+            hessian = calibration.hessian(model, name)
+        else:
+            hessian = calibration.paired_hessian(model, reference, name)
         before = as_rows(layer).to(hessian.value)
         after = solve(name, layer, hessian)
         errors[name] = hessian.error(after - before) / max(hessian.error(before), 1e-30)

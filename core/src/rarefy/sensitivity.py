@@ -25,11 +25,12 @@ from rarefy.technique import Technique
 class Increase:
     """The increase of the mean loss over `model`'s on a few batches of the validation split.
 
-    Without labels it is how far the outputs move on calibration inputs: `sum |y* - y|^2 / sum |y|^2`.
+    Without labels it is how far the outputs move on calibration inputs: `sum |y* - y|^2 / sum |y|^2`. `labelled` says
+    which of the two it is; by default the first where the task has labels.
     """
 
-    def __init__(self, model: nn.Module, task: Task, batches: int = 4) -> None:
-        self.task, self.labelled = task, task.has_labels
+    def __init__(self, model: nn.Module, task: Task, batches: int = 4, labelled: bool | None = None) -> None:
+        self.task, self.labelled = task, task.has_labels if labelled is None else labelled
         if self.labelled:
             self.batches: list[Any] = list(itertools.islice(task.loader("validation"), batches))
         else:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
+    from rarefy_quantization.activations.config import FewMultiplicationsConfig, HwgqConfig, XnorConfig
     from rarefy_quantization.codebooks.config import ProductConfig, QCNNConfig, SoftSharingConfig
     from rarefy_quantization.config import (
         EntropyConstrainedConfig,
@@ -23,8 +24,10 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
         VectorConfig,
     )
     from rarefy_quantization.low_bit.config import BinaryConfig, TernaryConfig
+    from rarefy_quantization.rounding.config import AdaRoundConfig, EqualizeConfig, FixedPointConfig
     from rarefy_quantization.trellis.config import TrellisConfig
 
-    shared: list[type[TechniqueConfig]] = [KMeansConfig, EntropyConstrainedConfig, VectorConfig]
-    shared += [ProductConfig, QCNNConfig, SoftSharingConfig]
-    return [*shared, UniformConfig, GPTQConfig, TrellisConfig, BinaryConfig, TernaryConfig]
+    codebooks = [KMeansConfig, EntropyConstrainedConfig, VectorConfig, ProductConfig, QCNNConfig, SoftSharingConfig]
+    grids = [UniformConfig, GPTQConfig, AdaRoundConfig, TrellisConfig, FixedPointConfig, EqualizeConfig]
+    low_bit = [BinaryConfig, TernaryConfig, XnorConfig, HwgqConfig, FewMultiplicationsConfig]
+    return [*codebooks, *grids, *low_bit]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from rarefy.rules import KeepZeros
+from rarefy.task import Task
 from rarefy.technique import Technique, TrainingRule
-from rarefy.weights import LayerWeight
-from rarefy_schemas import LayerReport
+from rarefy.weights import LayerWeight, per_layer
+from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
+from rarefy_quantization.allocation import allocate
 from rarefy_quantization.codes import entropy
 from rarefy_quantization.config import GridQuantization
 from rarefy_quantization.grids import Grid, Units
@@ -26,6 +29,22 @@ class GridQuantizer(Technique[ConfigT]):
     def units(self, weight: torch.Tensor) -> Units:
         """Return what of a weight has a step size of its own."""
         return Units.of(weight.shape, self.config.granularity, self.config.group_size)
+
+    def widths(
+        self, model: nn.Module, weights: Sequence[LayerWeight], skipped: Sequence[SkippedLayer], task: Task
+    ) -> dict[str, int]:
+        """Return the bits of each layer: those of the options, or those that fit the target best."""
+        names = [layer.name for layer in (*weights, *skipped)]
+        target = self.config.target
+        if target is None or not weights:
+            return per_layer(names, self.config.per_layer, self.config.bits)
+        given = per_layer(names, self.config.per_layer, 0)
+        sizes = {weight.name: weight.parameter.numel() for weight in weights}
+        fixed = {name: given[name] for name in sizes if given[name]}
+        chosen = allocate(model, self.config, target, sizes, fixed, task)
+        whole = sum(size * chosen[name] for name, size in sizes.items())
+        self.notes.append(f"codes of {whole / sum(sizes.values()):.2f} bits per weight, {whole / 8:,.0f} bytes in all")
+        return {**given, **chosen}
 
     @torch.no_grad()
     def quantize_(self, model: nn.Module, name: str, grid: Grid) -> None:

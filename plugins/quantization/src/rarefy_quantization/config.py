@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rarefy_schemas import DataNeed, TechniqueConfig, Traits
+
+from rarefy_quantization.budget import BitTarget, GridBits
 
 Bits = Annotated[int, Field(ge=1, le=8)]
 
@@ -95,9 +97,6 @@ class VectorConfig(VectorSharing):
     """Most iterations per layer; it stops earlier when no vector changes its centroid."""
 
 
-GridBits = Annotated[int, Field(ge=2, le=8)]
-
-
 class GridQuantization(TechniqueConfig):
     """Options of every technique that rounds weights to multiples of a step size.
 
@@ -111,6 +110,9 @@ class GridQuantization(TechniqueConfig):
     """Bits per code: a weight takes one of 2^bits values."""
     per_layer: dict[str, GridBits] = {}
     """Bits of single layers by name pattern (`features.*: 4`); the first pattern that matches counts."""
+    target: BitTarget | None = None
+    """Bits or bytes that all codes may take together, in place of `bits`: each layer that `per_layer` does not name
+    gets the bits that serve the model best."""
     granularity: Literal["tensor", "channel", "group"] = "channel"
     """What has a step size of its own: the layer, each output channel, or `group_size` consecutive weights of one."""
     group_size: Literal[32, 64, 128] = 128
@@ -124,6 +126,18 @@ class GridQuantization(TechniqueConfig):
     those with the least Kullback-Leibler divergence of the histogram of the layer, as for activations."""
     percentile: float = Field(default=99.9, gt=50, le=100)
     """Percentage of the weights that `range: percentile` reaches, counted from either end, zeros left out."""
+
+    @model_validator(mode="after")
+    def _one_way_to_choose_bits(self) -> Self:
+        if self.target is not None and self.bits != type(self).model_fields["bits"].default:
+            raise ValueError("`bits` and `target` both say how many bits a layer gets; give one")
+        return self
+
+    def needed_data(self) -> DataNeed:
+        """Return what the technique itself needs, and what the choice of bits does."""
+        if self.target is None:
+            return self.traits.data
+        return "labelled" if self.target.by == "loss" else "unlabelled"
 
 
 class UniformConfig(GridQuantization):
@@ -143,34 +157,41 @@ class UniformConfig(GridQuantization):
     """Calibration batches that `correct_bias` looks at."""
 
     def needed_data(self) -> DataNeed:
-        """Return `unlabelled` where biases are corrected."""
-        return "unlabelled" if self.correct_bias else "none"
+        """Return `unlabelled` where biases are corrected, or what the choice of bits asks for."""
+        needed = super().needed_data()
+        return "unlabelled" if self.correct_bias and needed == "none" else needed
 
 
-class GPTQConfig(GridQuantization):
-    """Round weights input by input and let the later inputs make up for the error of the outputs."""
+class CalibratedGridQuantization(GridQuantization):
+    """Options of every technique that rounds one layer after the other so that its outputs stay the nearest."""
 
     traits: ClassVar[Traits] = Traits(data="unlabelled", leaves_codes=True, keeps_zeros=True, needs_dense_floats=True)
+
+    bits: GridBits = 4
+    """Bits per code: a weight takes one of 2^bits values."""
+    batches: int = Field(default=8, ge=1)
+    """Number of calibration batches."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples per calibration batch; the task's own number when absent."""
+    sequential: bool = True
+    """Calibrate each layer with those before it already quantized, on the inputs it will have."""
+    max_inputs: int = Field(default=16384, ge=1)
+    """Most inputs of one output, kernel positions included; H takes their square, and larger layers are left alone."""
+
+
+class GPTQConfig(CalibratedGridQuantization):
+    """Round weights input by input and let the later inputs make up for the error of the outputs."""
+
     implementation: ClassVar[str] = "rarefy_quantization.gptq:GPTQ"
     paper: ClassVar[str] = (
         "Frantar et al. 2023, GPTQ: accurate post-training quantization for generative pre-trained transformers"
     )
 
     technique: Literal["quantization/gptq"] = "quantization/gptq"
-    bits: GridBits = 4
-    """Bits per code: a weight takes one of 2^bits values."""
     order: Literal["data", "activation"] = "activation"
     """Order in which inputs are rounded: as they lie, or those with the largest mean square first, before errors have
     gathered."""
-    batches: int = Field(default=8, ge=1)
-    """Number of calibration batches."""
-    batch_size: int | None = Field(default=None, ge=1)
-    """Samples per calibration batch; the task's own number when absent."""
     damping: float = Field(default=0.01, gt=0)
     """Share of the Hessian's mean diagonal that is added to its diagonal; more makes it nearer to plain rounding."""
-    sequential: bool = True
-    """Calibrate each layer with those before it already quantized, on the inputs it will have."""
     block: int = Field(default=128, ge=1)
     """Inputs between two updates of all later ones; it changes the time, and the result only by rounding."""
-    max_inputs: int = Field(default=16384, ge=1)
-    """Most inputs of one output, kernel positions included; H takes their square, and larger layers are left alone."""

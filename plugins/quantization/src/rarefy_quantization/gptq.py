@@ -7,65 +7,19 @@ from itertools import pairwise
 
 import torch
 from rarefy.hessian import InputHessian, as_rows, inverse_factor
-from rarefy.layerwise import LayerCalibration, solve_layers_, worst_error
-from rarefy.task import Task
-from rarefy.technique import Analysis
-from rarefy.weights import layer_weights, per_layer
-from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
-from rarefy_quantization.affine import GridQuantizer
 from rarefy_quantization.config import GPTQConfig
 from rarefy_quantization.grids import Grid
+from rarefy_quantization.layerwise import LayerwiseQuantizer
 from rarefy_quantization.ranges import fit_grid
 
 Fit = Callable[[torch.Tensor], Grid]
 """Is given weights `(groups, rows, inputs)` and returns their grid, `(groups, rows, 1)` or what expands to it."""
 
 
-class GPTQ(GridQuantizer[GPTQConfig]):
+class GPTQ(LayerwiseQuantizer[GPTQConfig]):
     """Rounds one layer after the other so that its outputs stay the nearest."""
-
-    def analyze(self, model: nn.Module, task: Task) -> Analysis:
-        """Say which layers are quantized, in the order in which the data reaches them."""
-        weights, skipped = layer_weights(model, self.config)
-        bits = per_layer([w.name for w in weights] + [s.name for s in skipped], self.config.per_layer, self.config.bits)
-        layers, plan = [], {}
-        for weight, obstacle in self._calibration(task).order(model, weights):
-            if obstacle is not None:
-                skipped.append(SkippedLayer(name=weight.name, kind=weight.kind, reason=obstacle))
-                continue
-            width = plan[weight.name] = bits[weight.name]
-            layers.append(
-                LayerReport(
-                    name=weight.name,
-                    kind=weight.kind,
-                    action=self.action(width),
-                    scores={"bits": width, "steps": self.units(weight.parameter).count},
-                )
-            )
-        return Analysis(tuple(layers), tuple(skipped), plan)
-
-    def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
-        """Quantize the planned layers, each calibrated on the model as it is then, or on the model as it was."""
-        found: dict[str, tuple[torch.Tensor, Grid]] = {}
-
-        def solve(name: str, layer: nn.Module, hessian: InputHessian) -> torch.Tensor:
-            rows, grid = found[name] = self.solve(layer, hessian, analysis.plan[name])
-            units = self.units(layer.weight)
-            return units.join(grid.snap(units.split(rows.reshape(units.shape)))).view_as(rows)
-
-        errors = solve_layers_(
-            model, analysis.plan, self._calibration(task), solve, self.config.sequential, "quantizing"
-        )
-        if errors:
-            self.notes.append(worst_error(errors))
-        if self.config.finetune is not None:
-            for name, (rows, grid) in found.items():
-                weight = model.get_submodule(name).weight
-                weight.data.copy_(rows.reshape(weight.shape))
-                self.quantize_(model, f"{name}.weight", grid)
-        return model
 
     def solve(self, layer: nn.Module, hessian: InputHessian, bits: int) -> tuple[torch.Tensor, Grid]:
         """Return the rows of the layer as they were when they were rounded, and the grid they were rounded to."""
@@ -79,9 +33,6 @@ class GPTQ(GridQuantizer[GPTQConfig]):
         parts = [(order // width == part).nonzero().flatten() for part in range(-(-rows.shape[-1] // width))]
         swept, grids = sweep(rows[..., order], factor, self._fit(bits), parts, self.config.block)
         return torch.empty_like(rows).index_copy_(2, order, swept), self._whole(grids)
-
-    def _calibration(self, task: Task) -> LayerCalibration:
-        return LayerCalibration(task, self.config.batches, self.config.batch_size, self.config.max_inputs)
 
     def _fit(self, bits: int) -> Fit:
         def fit(weight: torch.Tensor) -> Grid:

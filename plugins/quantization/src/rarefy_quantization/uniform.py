@@ -6,7 +6,7 @@ import torch
 from rarefy.hessian import as_rows
 from rarefy.task import Task
 from rarefy.technique import Analysis
-from rarefy.weights import holders, layer_weights, per_layer
+from rarefy.weights import holders, layer_weights
 from torch import nn
 
 from rarefy_quantization.affine import GridQuantizer
@@ -22,7 +22,7 @@ class Uniform(GridQuantizer[UniformConfig]):
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
         """Find the grids of every target layer and say with what error."""
         weights, skipped = layer_weights(model, self.config)
-        bits = per_layer([w.name for w in weights] + [s.name for s in skipped], self.config.per_layer, self.config.bits)
+        bits = self.widths(model, weights, skipped, task)
         layers, plan = [], {}
         for weight in weights:
             width, parameter = bits[weight.name], weight.parameter.detach()

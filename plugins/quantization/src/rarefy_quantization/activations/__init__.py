@@ -1,0 +1,1 @@
+"""Inputs of layers with one or two bits, beside binary weights."""
