@@ -118,6 +118,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"strength": 1e-3, "biases": True, "zero_share_strength": 100, "finetune": {}},
     ],
     "quantization/vector": [{"length": 4, "codes": 16}, {"length": 2, "codes": 8, "finetune": {}}],
+    "quantization/precision": [{}, {"bits": 4, "targets": {"exclude": ["0"]}}],
     "quantization/trellis": [{"rate": 3.0}, {"rate": 2.0, "per_layer": {"*": 4.0}, "finetune": {}}],
     "quantization/kmeans": [
         {"bits": 3},

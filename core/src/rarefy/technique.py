@@ -91,7 +91,7 @@ def select(model: nn.Module, config: TechniqueConfig) -> Iterator[tuple[str, nn.
     kinds = config.traits.layers
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if name and kind in kinds and config.targets.matches(name, kind):
+        if name and (kind in kinds or ("*" in kinds and _has_tensors(module))) and config.targets.matches(name, kind):
             found = True
             yield name, module
     if not found:
@@ -101,6 +101,10 @@ def select(model: nn.Module, config: TechniqueConfig) -> Iterator[tuple[str, nn.
             f"exclude {list(config.targets.exclude)}, types {list(config.targets.types or kinds)}. "
             f"The model has layers of types {', '.join(have) or 'none'}; `rarefy analyze MODEL` lists their names."
         )
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
 def refuse_not_finite(name: str, tensor: torch.Tensor) -> None:

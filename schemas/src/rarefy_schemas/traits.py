@@ -17,7 +17,7 @@ class Traits(Schema):
     start: Literal["pretrained", "scratch", "either"] = "pretrained"
     """Whether it starts from trained weights."""
     layers: tuple[str, ...] = ("Linear", "Conv1d", "Conv2d", "Conv3d")
-    """Class names of the layers it acts on."""
+    """Class names of the layers it acts on; `*` is every layer with tensors of its own."""
     changes_shapes: bool = False
     """Layers are replaced or their widths change."""
     makes_zeros: bool = False

@@ -24,10 +24,18 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
         VectorConfig,
     )
     from rarefy_quantization.low_bit.config import BinaryConfig, TernaryConfig
-    from rarefy_quantization.rounding.config import AdaRoundConfig, EqualizeConfig, FixedPointConfig
+    from rarefy_quantization.rounding.config import AdaRoundConfig, EqualizeConfig, FixedPointConfig, PrecisionConfig
     from rarefy_quantization.trellis.config import TrellisConfig
 
     codebooks = [KMeansConfig, EntropyConstrainedConfig, VectorConfig, ProductConfig, QCNNConfig, SoftSharingConfig]
-    grids = [UniformConfig, GPTQConfig, AdaRoundConfig, TrellisConfig, FixedPointConfig, EqualizeConfig]
+    grids = [
+        UniformConfig,
+        GPTQConfig,
+        AdaRoundConfig,
+        TrellisConfig,
+        FixedPointConfig,
+        EqualizeConfig,
+        PrecisionConfig,
+    ]
     low_bit = [BinaryConfig, TernaryConfig, XnorConfig, HwgqConfig, FewMultiplicationsConfig]
-    return [*codebooks, *grids, *low_bit]
+    return [*codebooks, *grids, EqualizeConfig, *low_bit]

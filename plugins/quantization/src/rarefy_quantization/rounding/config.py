@@ -70,3 +70,20 @@ class FixedPointConfig(TechniqueConfig):
             total = self.integer_bits + self.fraction_bits
             raise ValueError(f"`integer_bits` and `fraction_bits` make {total} bits, and float32 holds 24; give fewer")
         return self
+
+
+class PrecisionConfig(TechniqueConfig):
+    """Round what is still in floating point - biases, norms, codebooks, plain weights - to fewer significant bits.
+
+    Tensors that already are multiples of steps are left alone. A file holds rounded numbers in fewer bytes; values that
+    were equal stay equal, so it may follow any step, and is best the last.
+    """
+
+    traits: ClassVar[Traits] = Traits(layers=("*",), leaves_codes=True)
+    implementation: ClassVar[str] = "rarefy_quantization.rounding.precision:Precision"
+    paper: ClassVar[str] = "IEEE 754; Kalamkar et al. 2019, A study of bfloat16 for deep learning training"
+
+    technique: Literal["quantization/precision"] = "quantization/precision"
+    bits: int = Field(default=8, ge=1, le=24)
+    """Significant bits, the leading one among them: 8 as in bfloat16, 11 as in float16, 24 as in float32. The range of
+    exponents stays that of the tensor."""
