@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rarefy.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from rarefy_schemas import TechniqueConfig
+    from rarefy_schemas import ExporterConfig, TechniqueConfig
 
 
 @hookimpl
@@ -25,3 +25,11 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
 
     shared = [KMeansConfig, EntropyConstrainedConfig, VectorConfig]
     return [*shared, UniformConfig, GPTQConfig, BinaryConfig, TernaryConfig]
+
+
+@hookimpl
+def register_exporters() -> Iterable[type[ExporterConfig]]:
+    """Register the formats that run on integer kernels."""
+    from rarefy_quantization.execution.config import OnnxInt4Format, OnnxInt8Format
+
+    return [OnnxInt8Format, OnnxInt4Format]
