@@ -19,6 +19,7 @@ MODULES = (
     "pruning.deep_compression",
     "pruning.widths",
     "quantization.post_training",
+    "quantization.execution",
 )
 
 

@@ -75,7 +75,7 @@ class OnnxModel(nn.Module):
 
 
 def require(*modules: str) -> list[Any]:
-    """Return modules of the extra `onnx`; raise `RarefyError`, with the command that installs it, when one is absent."""
+    """Return modules of the extra `onnx`; raise `RarefyError`, with the command to install it, when one is absent."""
     try:
         return [importlib.import_module(module) for module in modules]
     except ImportError as error:

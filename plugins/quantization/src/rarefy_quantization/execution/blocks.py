@@ -59,11 +59,10 @@ def blocks_of(rows: Array, size: int) -> Blocks:
 
 def _found(rows: Array) -> Blocks | None:
     """Return the coarsest blocks of which each lies on a grid of 16 values with zero among them; None without any."""
-    count, width = rows.shape
-    if width < 2:
+    if rows.shape[1] < 2:
         return None
-    for grid, steps in candidates(np.ascontiguousarray(rows).reshape(-1), width):
-        block = grid.group if grid.group < width else max(GROUPS)
+    for grid, steps in candidates(np.ascontiguousarray(rows).reshape(-1), rows.shape[1]):
+        block = grid.group if grid.group < rows.shape[1] else max(GROUPS)
         spread = grid.spread(steps).reshape(rows.shape)
         codes = _split(rows / spread, block)
         if (codes.max(2).clip(min=0) - codes.min(2).clip(max=0) < CODES).all():

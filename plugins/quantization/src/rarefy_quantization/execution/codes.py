@@ -51,10 +51,9 @@ def row_codes(rows: Array, before: Array | None = None) -> RowCodes:
 
 def _codes(rows: Array) -> tuple[Array, Array] | None:
     """Return codes of at most 8 bits and a step for each row, None when the rows are no multiples of steps."""
-    count, width = rows.shape
-    if width < 2:
+    if rows.shape[1] < 2:
         return None
-    for grid, steps in candidates(np.ascontiguousarray(rows).reshape(-1), width):
+    for grid, steps in candidates(np.ascontiguousarray(rows).reshape(-1), rows.shape[1]):
         spread = grid.spread(steps).reshape(rows.shape)
         codes = rows / spread
         if grid.group == grid.width and codes.min() >= LOW and codes.max() <= HIGH:

@@ -33,20 +33,17 @@ def drop_clamps_(graph: Graph, grids: Mapping[str, Grid]) -> None:
             maker.output[list(maker.output).index(tensor)] = clamped
 
 
-def quantize_weight_(graph: Graph, kernel: Kernel, codes: RowCodes, data_scale: float | None) -> None:
-    """Let a kernel read its weight, and with `data_scale` its bias, as integers with scales.
-
-    The bias has the scale of the data times that of the weight.
-    """
-    scales, rows = codes.scales, codes.codes
-    name = kernel.node.input[1]
+def quantize_weight_(graph: Graph, kernel: Kernel, codes: RowCodes, data_scale: float) -> None:
+    """Let a kernel read its weight and its bias as integers with scales; the bias has that of data times weight."""
+    name = kernel.node.output[0]
     if kernel.bias is not None:
         bias = graph.constants[kernel.bias]
         codes = _widened(codes, bias, data_scale)
-        scales, rows = codes.scales, codes.codes
-        whole = np.rint(bias / (scales.astype(np.float64) * data_scale)).astype(np.int32)
-        kernel.node.input[2] = _dequantized(graph, f"{kernel.node.output[0]}/b", whole, scales * np.float32(data_scale))
-    kernel.node.input[1] = _dequantized(graph, f"{kernel.node.output[0]}/w", kernel.stored(rows), scales, kernel.axis)
+        scales = codes.scales * np.float32(data_scale)
+        whole = np.rint(bias / scales.astype(np.float64)).astype(np.int32)
+        kernel.node.input[2] = _dequantized(graph, f"{name}/b", whole, scales)
+    stored = kernel.stored(codes.codes)
+    kernel.node.input[1] = _dequantized(graph, f"{name}/w", stored, codes.scales, kernel.axis)
 
 
 def quantize_tensors_(graph: Graph, grids: Mapping[str, Grid]) -> None:

