@@ -130,6 +130,18 @@ def test_a_bias_too_large_for_the_scale_coarsens_it(tmp_path: Path) -> None:
     assert file.report.max_difference < 0.05
 
 
+def test_a_batch_norm_behind_a_clamp_runs_on_integers(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3))
+    with torch.no_grad():
+        model(torch.randn(64, 2, 8, 8))
+        model[2].weight.copy_(torch.tensor([2.0, -1.0, 0.5, 3.0]))
+        model[2].bias.copy_(torch.randn(4))
+    file = written(nn.Sequential(*model, nn.Flatten()).eval(), random_task(2, 8, 8), QUICK, tmp_path)
+    assert "BatchNormalization" not in file.kernels()
+    assert len(file.weights()) == 3
+    assert file.value("output_error") < 0.05
+
+
 def test_excluded_layers_stay_in_float(tmp_path: Path) -> None:
     config = QUICK.model_copy(update={"exclude": ("one.*", "head")})
     file = written(Residual(), random_task(2, 8, 8), config, tmp_path)

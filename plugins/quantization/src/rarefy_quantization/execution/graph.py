@@ -24,7 +24,7 @@ class Graph:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         self.nodes: list[NodeProto] = list(model.graph.node)
-        self.scopes = {id(node): _scopes(node) for node in self.nodes}
+        self.scopes = {node.output[0]: _scopes(node) for node in self.nodes}
         self.constants: dict[str, Array] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         self.inputs = [value.name for value in model.graph.input]
         self.outputs = [value.name for value in model.graph.output]
@@ -165,7 +165,7 @@ def _layer(graph: Graph, node: NodeProto) -> str:
     module, _, parameter = node.input[1].rpartition(".")
     if parameter == "weight" and module:
         return str(module)
-    scopes = [scope for scope in graph.scopes.get(id(node), [])[:-1] if scope]
+    scopes = [scope for scope in graph.scopes.get(node.output[0], [])[:-1] if scope]
     return scopes[-1] if scopes else str(node.name)
 
 

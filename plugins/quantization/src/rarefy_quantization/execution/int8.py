@@ -25,10 +25,15 @@ class OnnxInt8Exporter(QuantizedOnnxExporter[OnnxInt8Format]):
         from rarefy_quantization.execution.activations import activation_grids
         from rarefy_quantization.execution.graph import find_kernels
         from rarefy_quantization.execution.qdq import drop_clamps_, quantize_tensors_, quantize_weight_
-        from rarefy_quantization.execution.regions import pool_globally_, quantized_tensors
+        from rarefy_quantization.execution.regions import (
+            normalize_by_convolution_,
+            pool_globally_,
+            quantized_tensors,
+        )
 
-        kernels, left = find_kernels(graph, ("Conv", "Gemm", "MatMul"), self.config.exclude)
         pool_globally_(graph)
+        normalize_by_convolution_(graph)
+        kernels, left = find_kernels(graph, ("Conv", "Gemm", "MatMul"), self.config.exclude)
         tensors = quantized_tensors(graph, kernels)
         batches = task.calibration(self.config.calibration_batch_size, self.config.batches)
         owned = activation_grids(graph, sorted(set(tensors.values())), batches, self.config)

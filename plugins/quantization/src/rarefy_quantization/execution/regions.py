@@ -24,6 +24,27 @@ def pool_globally_(graph: Graph) -> None:
             graph.nodes[place] = helper.make_node("GlobalAveragePool", node.input[:1], node.output)
 
 
+def normalize_by_convolution_(graph: Graph) -> None:
+    """Write batch norms behind a clamped convolution as convolutions of single channels, which have integer kernels.
+
+    Those right behind a convolution were folded into it by torch's exporter.
+    """
+    makers = graph.makers()
+    for place, node in enumerate(graph.nodes):
+        maker = makers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        if maker is None or maker.op_type not in CLAMPS or makers[maker.input[0]].op_type != "Conv":
+            continue
+        scale, shift, mean, variance = (graph.constants.get(name) for name in node.input[1:])
+        dimensions = graph.rank(makers[maker.input[0]].input[0]) - 2
+        if any(value is None for value in (scale, shift, mean, variance)) or dimensions < 1:
+            continue
+        factor = scale / np.sqrt(variance + np.float32(attributes(node).get("epsilon", 1e-5)))
+        weight = graph.constant(f"{node.output[0]}/n", factor.reshape(-1, 1, *[1] * dimensions))
+        bias = graph.constant(f"{node.output[0]}/m", shift - mean * factor)
+        inputs = [node.input[0], weight, bias]
+        graph.nodes[place] = helper.make_node("Conv", inputs, node.output[:1], group=len(factor))
+
+
 def quantized_tensors(graph: Graph, kernels: list[Kernel]) -> dict[str, str]:
     """Return the tensors to quantize, each with the one whose grid it shares, mostly itself.
 
