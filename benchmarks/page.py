@@ -20,6 +20,7 @@ MODULES = (
     "quantization.coders",
     "quantization.deep_compression",
     "quantization.post_training",
+    "quantization.execution",
 )
 
 

@@ -26,7 +26,8 @@ def export_one(
 ) -> ExportReport:
     """Write `model` as `directory/model.*` in the format of `config`, and report its bytes and exactness.
 
-    Outputs are compared on `task.example_inputs` of one sample and of three. `original_bytes` is the size of the
+    Outputs are compared on `task.example_inputs` of one sample and of three, and what the exporter itself measures is
+    reported too. `original_bytes` is the size of the
     original network's float32 file. Raises `StageError`, leaving no new file, when the format cannot hold the model
     or when the re-opened file gives other outputs.
     """
@@ -40,18 +41,21 @@ def export_one(
             exporter.write(model, base, task, temporary)
             reopened = exporter.reopen(temporary, base)
             difference = _compared(model, reopened, exporter, task)
+            measurements = exporter.measure(model, reopened, task)
         except (RarefyError, OSError):
             raise
         except Exception as error:  # exporters call libraries and the model's own code, which may raise anything
             raise StageError(f"the model cannot be exported to {name}: {_shortened(error)}{_advice(config)}") from error
         size = temporary.stat().st_size
-    notes = () if size < original_bytes else ("this file is not smaller than the original's float32 file",)
+    small = size < original_bytes
+    notes = (*exporter.notes, *(() if small else ("this file is not smaller than the original's float32 file",)))
     return ExportReport(
         format=name,
         path=f"{directory.resolve().name}/{path.name}",
         bytes=size,
         rate=original_bytes / size,
         max_difference=difference,
+        measurements=tuple(measurements),
         notes=notes,
     )
 

@@ -96,6 +96,8 @@ class ExportReport(Schema):
     """Bytes of the original's float32 file divided by `bytes`."""
     max_difference: float
     """Largest absolute difference of outputs between the re-opened file and the model in memory."""
+    measurements: tuple[Measurement, ...] = ()
+    """Figures of the re-opened file, of formats that lose something: its metric, its time, ..."""
     notes: tuple[str, ...] = ()
 
 

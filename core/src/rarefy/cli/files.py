@@ -69,6 +69,8 @@ def export(
         print_json(report.model_dump())
     else:
         click.echo(f"{report.path}: {report.bytes:,} bytes, outputs differ by at most {report.max_difference:.2g}")
+        for note in report.notes:
+            click.echo(note)
 
 
 @click.command()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from rarefy.errors import RarefyError, StageError
 from rarefy.exporter import Exporter
@@ -28,7 +27,7 @@ class OnnxExporter(Exporter[OnnxFormat]):
 
     def write(self, model: nn.Module, base: Base, task: Task, path: Path) -> None:
         """Trace the model and write it; raise `RarefyError` when the extra is not installed."""
-        _require("onnx", "onnxscript", "onnxruntime")
+        require("onnx", "onnxscript", "onnxruntime")
         size = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
         if size > _LARGEST:
             raise StageError(f"the model has {size} bytes and one .onnx file holds 2 GiB; export to torch-export")
@@ -45,23 +44,38 @@ class OnnxExporter(Exporter[OnnxFormat]):
                 verbose=False,
             )
 
-    def reopen(self, path: Path, base: Base) -> Callable[..., Any]:
+    def reopen(self, path: Path, base: Base) -> OnnxModel:
         """Open a session of ONNX Runtime on the CPU."""
-        (onnxruntime,) = _require("onnxruntime")
+        return OnnxModel(path)
+
+
+class OnnxModel(nn.Module):
+    """A file in ONNX Runtime on the CPU, called like the model it was written from.
+
+    It computes with as many threads as torch has when it is opened. `structure` is that of the model's outputs; without
+    one they are a list.
+    """
+
+    def __init__(self, source: Path | bytes, structure: TreeSpec | None = None) -> None:
+        super().__init__()
+        (onnxruntime,) = require("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        names = [value.name for value in session.get_inputs()]
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in self.session.get_inputs()]
+        self.structure = structure
 
-        def run(*inputs: Any) -> list[torch.Tensor]:
-            tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-            feed = {name: tensor.detach().numpy() for name, tensor in zip(names, tensors, strict=True)}
-            return [torch.from_numpy(output) for output in session.run(None, feed)]
+    def forward(self, *inputs: Any) -> Any:
+        """Run the file on the tensors among the model's positional inputs."""
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        feed = {name: tensor.detach().numpy() for name, tensor in zip(self.names, tensors, strict=True)}
+        outputs = [torch.from_numpy(output) for output in self.session.run(None, feed)]
+        return outputs if self.structure is None else tree_unflatten(outputs, self.structure)
 
-        return run
 
-
-def _require(*modules: str) -> list[Any]:
+def require(*modules: str) -> list[Any]:
+    """Return modules of the extra `onnx`; raise `RarefyError`, with the command to install it, when one is absent."""
     try:
         return [importlib.import_module(module) for module in modules]
     except ImportError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rarefy.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from rarefy_schemas import TechniqueConfig
+    from rarefy_schemas import ExporterConfig, TechniqueConfig
 
 
 @hookimpl
@@ -28,14 +28,14 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
     from rarefy_quantization.trellis.config import TrellisConfig
 
     codebooks = [KMeansConfig, EntropyConstrainedConfig, VectorConfig, ProductConfig, QCNNConfig, SoftSharingConfig]
-    grids = [
-        UniformConfig,
-        GPTQConfig,
-        AdaRoundConfig,
-        TrellisConfig,
-        FixedPointConfig,
-        EqualizeConfig,
-        PrecisionConfig,
-    ]
+    grids = [UniformConfig, GPTQConfig, AdaRoundConfig, TrellisConfig, FixedPointConfig, PrecisionConfig]
     low_bit = [BinaryConfig, TernaryConfig, XnorConfig, HwgqConfig, FewMultiplicationsConfig]
     return [*codebooks, *grids, EqualizeConfig, *low_bit]
+
+
+@hookimpl
+def register_exporters() -> Iterable[type[ExporterConfig]]:
+    """Register the formats that run on integer kernels."""
+    from rarefy_quantization.execution.config import OnnxInt4Format, OnnxInt8Format
+
+    return [OnnxInt8Format, OnnxInt4Format]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
-from rarefy_quantization.config import GridQuantization
 from rarefy_quantization.grids import Grid
 
 SHRINK = tuple(torch.logspace(0, -2, 121, dtype=torch.float64).tolist())
@@ -15,7 +15,15 @@ BINS, PER_BIN = 2048, 16
 """Most bins of the histogram whose divergence is measured, and fewest weights per bin on average."""
 
 
-def fit_grid(units: torch.Tensor, bits: int, config: GridQuantization) -> Grid:
+class RangeOptions(Protocol):
+    """How a range is chosen; see `config.GridQuantization`."""
+
+    range: str
+    percentile: float
+    symmetric: bool
+
+
+def fit_grid(units: torch.Tensor, bits: int, config: RangeOptions) -> Grid:
     """Return a grid for each row of `units`, `(units, size)`, with the range that the options ask for."""
     least, most = _quantiles(units, config.percentile / 100) if config.range == "percentile" else _ends(units)
     if config.range == "entropy":

@@ -1,0 +1,1 @@
+"""Files that run on integer kernels."""

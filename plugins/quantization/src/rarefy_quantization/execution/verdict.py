@@ -1,0 +1,133 @@
+"""What a file that loses something is worth beside the model and beside the float32 file."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from rarefy.errors import StageError
+from rarefy.exporters.onnx import OnnxModel
+from rarefy.measure import Latency, latency
+from rarefy.task import Task
+from rarefy_schemas import Measurement
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_structure
+
+from rarefy_quantization.execution.config import QuantizedOnnxFormat
+
+BATCHES = 16
+"""Most batches of the validation split on which outputs are compared; the metric takes all of it."""
+
+
+@dataclass
+class Verdict:
+    """Measures the file of a model.
+
+    Rounding changes every output a little, so there is no tolerance per output. Instead the error is held against what
+    the outputs have to say, the spread of their values over the data, in one figure that needs neither labels nor
+    knowledge of the metric: at 1 a file knows no more of the model than the mean of its outputs.
+    """
+
+    config: QuantizedOnnxFormat
+    model: nn.Module
+    task: Task
+    notes: list[str] = field(default_factory=list)
+
+    @torch.no_grad()
+    def error(self, file: OnnxModel) -> list[Measurement]:
+        """Return the error of the outputs, and how often their largest is the same where the metric is accuracy.
+
+        Raises `StageError` when the error exceeds the option `max_error`.
+        """
+        comparison = _Comparison()
+        for batch in itertools.islice(self.task.loader("validation"), BATCHES):
+            inputs = self.task.inputs(batch)
+            comparison.add(_floats(self.model(*inputs)), _floats(file(*inputs)))
+        error = comparison.error()
+        if not error <= self.config.max_error:
+            raise StageError(
+                f"the error of the outputs of the {self.config.registered_name()} file is {error:.0%} of their spread "
+                f"on the validation split, and `max_error` is {self.config.max_error:.0%}; exclude the layers that "
+                "suffer, calibrate in another way, or allow more"
+            )
+        found = [Measurement(name="output_error", value=error, unit="share", better="lower")]
+        agreement = comparison.agreement()
+        if self.task.metric == "accuracy" and agreement is not None:
+            found.append(Measurement(name="agreement", value=agreement, unit="share", better="higher"))
+        return found
+
+    def scores(self, file: OnnxModel) -> list[Measurement]:
+        """Return the task's metric of file and model on the validation split; nothing where it has none."""
+        inputs = self.task.example_inputs(self.config.batch_size)
+        with torch.no_grad():
+            file.structure = tree_structure(self.model(*inputs))
+        ours, theirs = (self.task.score(model, "validation") for model in (file, self.model))
+        if math.isnan(theirs):
+            return []
+        self.notes.append(f"{self.task.metric} on the validation split: {ours:.6g}, the model's {theirs:.6g}")
+        better = "higher" if self.task.higher_is_better else "lower"
+        named = ((self.task.metric, ours), (f"{self.task.metric} of the model", theirs))
+        return [Measurement(name=name, value=value, better=better) for name, value in named]
+
+    def cost(self, file: OnnxModel, size: int, float32: bytes) -> list[Measurement]:
+        """Return bytes and time beside the float32 file, timed in turn in this process."""
+        inputs = self.task.example_inputs(self.config.batch_size)
+        timed = latency(OnnxModel(float32), file, inputs, self.config.rounds)
+        rate = len(float32) / size
+        self.notes.append(
+            f"{rate:.2f}x {'smaller' if rate > 1 else 'of the bytes, so not smaller,'} and {_speed(timed)} than the "
+            f"float32 ONNX file, at batch {self.config.batch_size} on {torch.get_num_threads()} thread(s)"
+        )
+        speed = Measurement(
+            name=f"speed_up_rate@{self.config.batch_size}",
+            value=timed.speed_up, unit="x", better="higher", low=timed.low, high=timed.high,
+        )  # fmt: skip
+        return [Measurement(name="float32_rate", value=rate, unit="x", better="higher"), speed]
+
+
+class _Comparison:
+    """Sums over outputs and their differences."""
+
+    def __init__(self) -> None:
+        self.squares = self.sums = self.differences = 0.0
+        self.count = self.rows = self.same = 0
+
+    def add(self, expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
+        for one, other in zip(expected, found, strict=True):
+            one, other = one.double(), other.double()
+            self.squares += float(one.square().sum())
+            self.sums += float(one.sum())
+            self.differences += float((one - other).square().sum())
+            self.count += one.numel()
+        if len(expected) == 1 and expected[0].dim() == 2:
+            self.rows += len(expected[0])
+            self.same += int((expected[0].argmax(1) == found[0].argmax(1)).sum())
+
+    def error(self) -> float:
+        """Return the root of the mean squared difference over the standard deviation of the outputs."""
+        variance = self.squares - self.sums**2 / max(self.count, 1)
+        if self.differences == 0:
+            return 0.0
+        return math.sqrt(self.differences / variance) if variance > 0 else math.inf
+
+    def agreement(self) -> float | None:
+        return self.same / self.rows if self.rows else None
+
+
+def _floats(outputs: object) -> list[torch.Tensor]:
+    return list(_floating(outputs))
+
+
+def _floating(outputs: object) -> Iterator[torch.Tensor]:
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            yield leaf
+
+
+def _speed(timed: Latency) -> str:
+    if timed.speed_up >= 1:
+        return f"{timed.speed_up:.2f}x faster ({timed.low:.2f} to {timed.high:.2f})"
+    return f"{timed.ratio:.2f}x SLOWER"
