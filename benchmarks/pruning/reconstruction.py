@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rarefy.measure import flops
 from rarefy.nouns import implement
+from rarefy.recovery.config import BatchNormConfig
 from rarefy.tasks.data import fashion_mnist
 from rarefy_pruning.channels.config import ChannelL1Config
 from torch import nn
@@ -40,14 +41,8 @@ def cut(model: nn.Module, task: Any, ratio: float, reconstruct: bool) -> nn.Modu
 
 def restated(model: nn.Module, task: Any) -> nn.Module:
     """Estimate the statistics of all batch norms anew, as is common after a cut."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-    with torch.no_grad():
-        for batch in task.calibration(batches=BATCHES):
-            model.train()(*batch)
-    return model.eval()
+    technique = implement(BatchNormConfig(batches=BATCHES))
+    return technique.transform(model, technique.analyze(model, task), task)
 
 
 SIDES: dict[str, Callable[[nn.Module, Any, float], nn.Module]] = {
@@ -106,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(1)
     task, runs = fashion_mnist(chosen.data), Runs(RESULTS)
     for seed in chosen.seeds:
-        model = trained(task, seed, chosen.weights)
+        model = trained(task, "resnet20", seed, chosen.weights)
         for ratio in chosen.ratios:
             for side, make in SIDES.items():
                 runs.get(f"{side} | {ratio:g}x | seed {seed}", partial(measured, model, task, make, ratio))

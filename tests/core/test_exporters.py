@@ -63,6 +63,12 @@ def test_an_exported_file_gives_the_models_outputs_and_is_measured(
     assert caplog.records == []
 
 
+def test_a_file_names_no_source_files(tmp_path: Path) -> None:
+    export(network(), OnnxFormat(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert b".py" not in file.read_bytes()
+
+
 @pytest.mark.parametrize("config", ALL, ids=NAMES)
 def test_models_with_two_inputs_and_nested_outputs_are_exported(config: ExporterConfig, tmp_path: Path) -> None:
     class Pair(nn.Module):

@@ -17,6 +17,7 @@ from rarefy.exporters.config import OnnxFormat
 from rarefy.modules import Base
 from rarefy.task import Task
 
+_SCOPES = "pkg.torch.onnx.name_scopes"
 _LARGEST = 2**31 - 2**20
 
 
@@ -27,7 +28,7 @@ class OnnxExporter(Exporter[OnnxFormat]):
 
     def write(self, model: nn.Module, base: Base, task: Task, path: Path) -> None:
         """Trace the model and write it; raise `RarefyError` when the extra is not installed."""
-        require("onnx", "onnxscript", "onnxruntime")
+        onnx, *_ = require("onnx", "onnxscript", "onnxruntime")
         size = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
         if size > _LARGEST:
             raise StageError(f"the model has {size} bytes and one .onnx file holds 2 GiB; export to torch-export")
@@ -43,10 +44,21 @@ class OnnxExporter(Exporter[OnnxFormat]):
                 external_data=False,
                 verbose=False,
             )
+        onnx.save(_without_traces(onnx.load(path)), path)
 
     def reopen(self, path: Path, base: Base) -> OnnxModel:
         """Open a session of ONNX Runtime on the CPU."""
         return OnnxModel(path)
+
+
+def _without_traces(model: Any) -> Any:
+    """Return a file's content without the exporter's notes, paths of source files among them, but for module names."""
+    graph = model.graph
+    for holder in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        kept = [entry for entry in holder.metadata_props if entry.key == _SCOPES]
+        holder.ClearField("metadata_props")
+        holder.metadata_props.extend(kept)
+    return model
 
 
 class OnnxModel(nn.Module):

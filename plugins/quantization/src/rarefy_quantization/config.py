@@ -25,7 +25,7 @@ class WeightSharing(TechniqueConfig):
     """Whether biases get a codebook too."""
     importance: Literal["none", "curvature"] = "none"
     """What weighs the squared error of a weight: nothing, or the second derivative of the loss in it, measured on
-    labelled data. It helped on a small convolutional network and hurt on ResNet-20 (docs/benchmarks.md): try both."""
+    labelled data. Measure the statistics of batch norms anew afterwards (`recovery/batch-norm`): without, it hurt."""
     batches: int = Field(default=4, ge=1)
     """Training batches that `importance: curvature` looks at."""
     probes: int = Field(default=8, ge=1)
@@ -122,8 +122,8 @@ class GridQuantization(TechniqueConfig):
     zero point."""
     range: Literal["min-max", "percentile", "mse", "entropy"] = "min-max"
     """Values that the codes reach: all; those up to `percentile`; those with the least squared error of rounding and
-    clipping, which at 3 bits cost more accuracy than it saved on the two networks that were tried, and at 2 helped; or
-    those with the least Kullback-Leibler divergence of the histogram of the layer, as for activations."""
+    clipping, after which batch norms want their statistics measured anew (`recovery/batch-norm`); or those with the
+    least Kullback-Leibler divergence of the histogram of the layer, as for activations."""
     percentile: float = Field(default=99.9, gt=50, le=100)
     """Percentage of the weights that `range: percentile` reaches, counted from either end, zeros left out."""
 
