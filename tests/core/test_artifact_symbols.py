@@ -104,6 +104,15 @@ def test_floats_rounded_to_16_bits_take_no_more(size: int) -> None:
     assert np.array_equal(symbols.read_section(section, 4, size), rounded)
 
 
+def test_two_numbers_that_are_both_frequent_come_back() -> None:
+    """Such as zeros of either sign."""
+    drawn = np.random.default_rng(0).random((64, 100))
+    numbers = np.select([drawn < 0.45, drawn < 0.85], [0, 1 << 31], (drawn * 2**32)).astype("<u4").reshape(-1)
+    section = symbols.section(numbers, 100)
+    assert section[0] == symbols.SPARSE
+    assert np.array_equal(symbols.read_section(section, 4, numbers.size, 100), numbers)
+
+
 def test_large_tensors_keep_the_fast_way_where_columns_are_alike() -> None:
     assert symbols.section(gaussian(1 << 20, 4), 1024)[0] == symbols.COUNTED
     halves = np.concatenate([gaussian(1 << 19, 1).reshape(1024, -1), gaussian(1 << 19, 20).reshape(1024, -1)], axis=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rarefy.errors import RecipeError
 from rarefy.recipe import dump_recipe, json_schema, load_recipe
-from rarefy.recipes import names, path
+from rarefy.recipes import find, names
 from rarefy_schemas import Recipe
 
 GOOD = """\
@@ -43,7 +43,7 @@ def test_a_good_recipe_round_trips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_shipped_recipes_are_valid(name: str) -> None:
-    assert load_recipe(path(name)).steps
+    assert load_recipe(find(name)).steps
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,14 @@ _WORTH, _ROUNDED = 0.99, 0.8
 """Shares of the bytes below which slower ways are taken for large tensors: of those with a histogram, of plain ones."""
 
 
-def section(numbers: Bits, width: int = 1) -> bytes:
-    """Return the numbers, in rows of `width`, as a section."""
+def section(numbers: Bits, width: int = 1, masked: bool = False) -> bytes:
+    """Return the numbers, in rows of `width`, as a section; `masked` ones lie in a section of kind 4 already."""
     parts = [_plain(numbers)]
     if numbers.size:
         counted = codebook.encode(numbers)
         parts += [bytes([COUNTED]) + counted] if counted is not None else []
         if counted is None or numbers.size < _LARGE or _pays(numbers, width):
-            parts += _learnt(numbers, width)
+            parts += _learnt(numbers, width, masked)
         parts += _planes(numbers, width, min(map(len, parts)))
     return min(parts, key=len)
 
@@ -67,12 +67,12 @@ def read_section(data: bytes | bytearray, itemsize: int, size: int, width: int =
     return np.frombuffer(data, stored(itemsize), offset=1)
 
 
-def _learnt(numbers: Bits, width: int) -> list[bytes]:
+def _learnt(numbers: Bits, width: int, masked: bool = False) -> list[bytes]:
     values, counts = codebook.histogram(numbers) if not codebook.is_varied(numbers) else (numbers, None)
     if counts is None or len(values) > adaptive.MOST_SYMBOLS:
         return []
     place = int(counts.argmax())
-    parts = [_sparse(numbers, width, values[place])] if counts[place] > numbers.size // 4 else []
+    parts = [_sparse(numbers, width, values[place])] if counts[place] > numbers.size // 4 and not masked else []
     if numbers.itemsize <= 2 and int(values[-1]) < adaptive.MOST_SYMBOLS:
         coded = adaptive.encode(numbers, width, int(values[place]))
         parts += [bytes([LEARNT]) + coded] if coded is not None else []
@@ -112,7 +112,7 @@ def _table(values: Bits) -> bytes:
 def _sparse(numbers: Bits, width: int, usual: Bits) -> bytes:
     mask = numbers != usual
     head = bytes([SPARSE]) + usual.tobytes() + varint(int(mask.sum()))
-    return head + measured(masks.encode(mask.reshape(-1, width))) + section(numbers[mask])
+    return head + measured(masks.encode(mask.reshape(-1, width))) + section(numbers[mask], masked=True)
 
 
 def _read_sparse(data: bytes | bytearray, itemsize: int, size: int, width: int) -> Bits:

@@ -200,7 +200,7 @@ class TestFile:
         artifact.write(hashed, Base(lambda: copy.deepcopy(model)), path)
         values = round(64 * 75 / 16) + 64 + 64 * 16 * 256 // 16
         assert sum(p.numel() for p in hashed.parameters()) == values
-        assert 4 * values < path.stat().st_size < 4 * values + 3000
+        assert 2.5 * values < path.stat().st_size < 4 * values + 3000
         loaded = artifact.load(path, base=lambda: copy.deepcopy(model))
         assert torch.equal(loaded(x), hashed(x))
 
