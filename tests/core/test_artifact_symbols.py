@@ -129,7 +129,7 @@ def test_the_learnt_coding_is_fixed_for_good() -> None:
     assert np.array_equal(adaptive.decode(bytes.fromhex(LEARNT_GOLDEN), 64, 8), numbers)
 
 
-MASK_GOLDEN = "d36230da42a16c526ea0a374a47ed5ee"
+MASK_GOLDEN = "01d36230da42a16c526ea0a374a47ed5ee"
 LEARNT_GOLDEN = "06035c01a439d796b128d3208a1144f70a0e05b7"
 
 NUMBERS = gaussian(96, 2)
@@ -149,8 +149,9 @@ PART = symbols.section(NUMBERS, 8)
         (bytes([symbols.SPARSE, 0]) + varint(97) + varint(0), "more numbers than places"),
         (bytes([symbols.SPARSE, 0]) + varint(1) + varint(0) + bytes([symbols.SPARSE]), "more numbers than places"),
         (bytes([symbols.SPARSE, 0]) + varint(1) + varint(9), "cut off"),
-        (bytes([symbols.SPARSE, 0]) + varint(90) + varint(0) + bytes(91), "there are not 90 places"),
+        (bytes([symbols.SPARSE, 0]) + varint(90) + varint(1) + bytes(92), "there are not 90 places"),
         (bytes([symbols.SPARSE, 0]) + varint(9) + varint(3) + bytes(13), "whole words"),
+        (bytes([symbols.SPARSE, 0]) + varint(9) + varint(1) + b"\2", "whole words"),
         (bytes([symbols.LISTED]) + varint(1) + bytes(20), "1 distinct values"),
         (bytes([symbols.LISTED]) + varint(9000) + bytes(20), "9000 distinct values"),
         (bytes([symbols.LISTED]) + varint(9) + varint(80), "cut off"),

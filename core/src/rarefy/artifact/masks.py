@@ -4,7 +4,9 @@ A mask is coded in bands of rows, and in each band first the columns 0, 8, 16, .
 on, so that an entry's neighbours on both sides are known. The probability of an entry is the share of those before it
 in the same context: how full its column was so far (pruned inputs), how full its row is (pruned outputs), and how many
 of its two neighbours are there (images, kernels). Shares are quotients of integers, which are the same on every
-platform; the words of the range coder are all that is stored, little-endian.
+platform. Where nothing goes together, one context for all takes fewer bytes.
+
+What is stored is a byte, 1 with contexts and 0 without, and the words of the range coder, little-endian.
 """
 
 from __future__ import annotations
@@ -34,24 +36,16 @@ _PRIOR = 2
 
 def encode(mask: Mask) -> bytes:
     """Return the coded mask, `(rows, width)`."""
-    encoder = constriction.stream.queue.RangeEncoder()
-    family = constriction.stream.model.Bernoulli(perfect=False)
-
-    def code(entries: Mask, chances: NDArray[np.float64]) -> Mask:
-        encoder.encode(entries.astype(np.int32), family, chances)
-        return entries
-
-    _Mask(mask.copy(), int(mask.sum())).walk(code)
-    return bytes(encoder.get_compressed().astype(_WORD, copy=False).tobytes())
+    return min((_encoded(mask, related) for related in (True, False)), key=len)
 
 
 def decode(data: bytes | bytearray, rows: int, width: int, count: int) -> Mask:
     """Return a mask of `count` entries; raise `ArtifactError` when it is not sound."""
-    if len(data) % _WORD.itemsize:
+    if len(data) % _WORD.itemsize != 1 or data[0] > 1:
         raise ArtifactError("the places are not whole words")
-    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, _WORD).astype(np.uint32))
+    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, _WORD, offset=1).astype(np.uint32))
     family = constriction.stream.model.Bernoulli(perfect=False)
-    coded = _Mask(np.zeros((rows, width), bool), count)
+    coded = _Mask(np.zeros((rows, width), bool), count, bool(data[0]))
     try:
         coded.walk(lambda entries, chances: decoder.decode(family, chances).astype(bool))
         whole = decoder.maybe_exhausted()
@@ -62,11 +56,23 @@ def decode(data: bytes | bytearray, rows: int, width: int, count: int) -> Mask:
     return coded.mask
 
 
+def _encoded(mask: Mask, related: bool) -> bytes:
+    encoder = constriction.stream.queue.RangeEncoder()
+    family = constriction.stream.model.Bernoulli(perfect=False)
+
+    def code(entries: Mask, chances: NDArray[np.float64]) -> Mask:
+        encoder.encode(entries.astype(np.int32), family, chances)
+        return entries
+
+    _Mask(mask.copy(), int(mask.sum()), related).walk(code)
+    return bytes([related]) + bytes(encoder.get_compressed().astype(_WORD, copy=False).tobytes())
+
+
 class _Mask:
     """The state that encoder and decoder share: what was seen in each context and column."""
 
-    def __init__(self, mask: Mask, count: int) -> None:
-        self.mask = mask
+    def __init__(self, mask: Mask, count: int, related: bool) -> None:
+        self.mask, self._related = mask, related
         width = mask.shape[1]
         self._density = min(max(count, 1), mask.size - 1) / mask.size if mask.size > 1 else 0.5
         self._height = max(1, min(mask.size // _BANDS, _LARGEST_BAND) // width)
@@ -89,6 +95,9 @@ class _Mask:
     def _parts(self, band: Mask, before: int) -> Iterator[tuple[Integers, Integers]]:
         """Yield columns that are coded together, with the contexts of their entries, `(rows, columns)`."""
         rows, width = band.shape
+        if not self._related:
+            yield np.arange(width), np.zeros((rows, width), np.int64)
+            return
         full = _bins(16 * self._columns * width, int(self._columns.sum()), _COLUMN_EDGES)
         columns = np.arange(0, width, 2 * _STRIDES[0])
         yield columns, np.broadcast_to(full[columns], (rows, len(columns)))
