@@ -140,8 +140,9 @@ def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...], coder: Coder) -> t
             "planes" if section[0] == symbols.PLANES else "codebook": section,
             "steps": steps.encode(bits, dtype, shape),
             "trellis": paths.encode(bits, dtype, shape),
-            "vectors": vectors.encode(bits, shape),
         }
+        least = min(len(part) for part in coded.values() if part is not None)
+        coded["vectors"] = vectors.encode(bits, shape, least)
     parts = [plain, *((coding, memoryview(part)) for coding, part in coded.items() if part is not None)]
     return min(parts, key=lambda part: len(part[1]))
 

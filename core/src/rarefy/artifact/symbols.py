@@ -27,7 +27,7 @@ from rarefy.artifact.codebook import measured, read_measured, read_varint, varin
 from rarefy.errors import ArtifactError
 
 PLAIN, COUNTED, LEARNT, LISTED, SPARSE, PLANES = range(6)
-_LARGE, _SAMPLE = 1 << 20, 1 << 17
+_SMALL, _LARGE, _SAMPLE = 1 << 12, 1 << 20, 1 << 17
 _WORTH, _ROUNDED = 0.99, 0.8
 """Shares of the bytes below which slower ways are taken for large tensors: of those with a histogram, of plain ones."""
 
@@ -38,7 +38,7 @@ def section(numbers: Bits, width: int = 1, masked: bool = False) -> bytes:
     if numbers.size:
         counted = codebook.encode(numbers)
         parts += [bytes([COUNTED]) + counted] if counted is not None else []
-        if counted is None or numbers.size < _LARGE or _pays(numbers, width):
+        if _worth_learning(numbers, width, counted):
             parts += _learnt(numbers, width, masked)
         parts += _planes(numbers, width, min(map(len, parts)))
     return min(parts, key=len)
@@ -76,6 +76,8 @@ def _learnt(numbers: Bits, width: int, masked: bool = False) -> list[bytes]:
     if numbers.itemsize <= 2 and int(values[-1]) < adaptive.MOST_SYMBOLS:
         coded = adaptive.encode(numbers, width, int(values[place]))
         parts += [bytes([LEARNT]) + coded] if coded is not None else []
+        if numbers.size > _SMALL:  # a list of the numbers is for those that are far apart
+            return parts
     order = np.argsort(-counts, kind="stable")
     ranks = np.empty(len(values), np.int64)
     ranks[order] = np.arange(len(values))
@@ -154,9 +156,13 @@ def _read_planes(data: bytes | bytearray, itemsize: int, size: int, width: int) 
     return np.stack(planes, axis=1).reshape(-1).view(stored(itemsize))
 
 
-def _pays(numbers: Bits, width: int) -> bool:
-    """Tell from the first rows whether the slower way takes markedly fewer bytes."""
+def _worth_learning(numbers: Bits, width: int, counted: bytes | None) -> bool:
+    """Tell whether slower ways may take fewer bytes; of large tensors by the first rows, and markedly fewer."""
+    if counted is None and numbers.itemsize == 1:
+        return numbers.size <= _SMALL  # the bytes of mantissas are as good as random
+    if counted is None or numbers.size < _LARGE:
+        return True
     sample = numbers[: max(1, _SAMPLE // width) * width]
-    counted = codebook.encode(sample)
+    fast = codebook.encode(sample)
     learnt = min(map(len, _learnt(sample, width)), default=sample.nbytes)
-    return counted is None or learnt < _WORTH * len(counted)
+    return fast is None or learnt < _WORTH * len(fast)

@@ -27,6 +27,8 @@ _MOST_DISTINCT = 0.75
 """Share of distinct vectors at which repetition is not worth looking for."""
 _MOST_BLOCKS = 64
 """Most blocks that are tried, beside as many as there are places."""
+_HOPELESS = 1.5
+"""How far an estimate may exceed what the other ways take; vectors and ranks may be coded in fewer bytes."""
 _BLOCK_BYTES = 8
 """What a block costs beside its vectors and ranks, roughly."""
 
@@ -36,13 +38,14 @@ def block_edges(places: int, blocks: int) -> list[int]:
     return [block * places // blocks for block in range(blocks + 1)]
 
 
-def encode(bits: Bits, shape: tuple[int, ...]) -> bytes | None:
-    """Return the coded elements, or None when they would not become smaller."""
+def encode(bits: Bits, shape: tuple[int, ...], limit: int | None = None) -> bytes | None:
+    """Return the coded elements, or None when they would not become smaller than `limit` bytes, or than they are."""
+    most = bits.nbytes if limit is None else min(limit, bits.nbytes)
     width = bits.size // shape[0] if shape and shape[0] else 0
     lengths = [length for length in LENGTHS if width >= length and width % length == 0]
-    parts = [part for length in lengths for part in _encoded(bits.reshape(-1, width // length, length))]
+    parts = [part for length in lengths for part in _encoded(bits.reshape(-1, width // length, length), most)]
     smallest = min(parts, key=len, default=None)
-    return smallest if smallest is not None and len(smallest) < bits.nbytes else None
+    return smallest if smallest is not None and len(smallest) < most else None
 
 
 def decode(part: bytes | bytearray, itemsize: int, shape: tuple[int, ...]) -> Bits:
@@ -61,7 +64,7 @@ def decode(part: bytes | bytearray, itemsize: int, shape: tuple[int, ...]) -> Bi
     return grid.reshape(-1)
 
 
-def _encoded(grid: Bits) -> list[bytes]:
+def _encoded(grid: Bits, most: int) -> list[bytes]:
     """Return the parts that `grid`, (rows, places, length), makes with one block and with the number that seems best.
 
     Whether vectors repeat is judged by all rows of the first places first, which lie in one block.
@@ -73,13 +76,15 @@ def _encoded(grid: Bits) -> list[bytes]:
     vectors, ranks = _distinct(grid.reshape(-1, length))
     if len(vectors) > _MOST_DISTINCT * len(ranks):
         return []
-    numbers = {1, _best_blocks(ranks.reshape(rows, places), length * grid.itemsize)}
-    parts = [_part(grid, blocks) for blocks in sorted(numbers)]
+    blocks, cost = _best_blocks(ranks.reshape(rows, places), length * grid.itemsize)
+    if cost > _HOPELESS * most:
+        return []
+    parts = [_part(grid, number) for number in sorted({1, blocks})]
     return [part for part in parts if part is not None]
 
 
-def _best_blocks(ranks: NDArray[np.int64], size: int) -> int:
-    """Return the number of blocks whose dictionaries, of vectors of `size` bytes, and ranks take the least room."""
+def _best_blocks(ranks: NDArray[np.int64], size: int) -> tuple[int, float]:
+    """Return the number of blocks whose dictionaries, of vectors of `size` bytes, and ranks take the least bytes."""
     rows, places = ranks.shape
     pairs = np.unique(ranks * places + np.arange(places))
     which, where = pairs // places, pairs % places
@@ -92,8 +97,7 @@ def _best_blocks(ranks: NDArray[np.int64], size: int) -> int:
         distinct = np.bincount(block[new])
         return float((distinct * size + widths * rows * np.log2(distinct) / 8).sum()) + _BLOCK_BYTES * blocks
 
-    best: int = min({*range(1, min(places, _MOST_BLOCKS) + 1), places}, key=cost)
-    return best
+    return min((cost(blocks), blocks) for blocks in {*range(1, min(places, _MOST_BLOCKS) + 1), places})[::-1]
 
 
 def _part(grid: Bits, blocks: int) -> bytes | None:

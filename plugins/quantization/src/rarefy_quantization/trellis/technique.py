@@ -24,7 +24,7 @@ from rarefy_quantization.trellis.viterbi import Floats, Prices, best_path
 _PRICE = 0.3
 """Squared steps that a bit is worth. At many bits the error D of 8 states is .26 squared steps and falls by 2 ln 2 D
 per bit, .36; less is better at few bits (measured on ResNet-20)."""
-_PASSES = 3
+_PASSES = 2
 _STEPS = 8
 _SAMPLE = 128
 _FEWEST = 32
@@ -105,7 +105,7 @@ def quantized(weight: torch.Tensor, rate: float) -> Path:
     low, high = middle - 3, middle + 3
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        found = _coded(matrix[:, some] / 2**middle, alive[:, some], passes=2)[2]
+        found = _coded(matrix[:, some] / 2**middle, alive[:, some])[2]
         low, high = (middle, high) if found > rate else (low, middle)
     step = round_step(torch.tensor(2**high))
     indices, quantizers, entropy = _coded(matrix / float(step), alive)
@@ -113,10 +113,10 @@ def quantized(weight: torch.Tensor, rate: float) -> Path:
     return Path(multiple, step.to(weight.device), weight.dtype, entropy)
 
 
-def _coded(units: Floats, alive: NDArray[np.bool_], passes: int = _PASSES) -> tuple[Integers, Integers, float]:
+def _coded(units: Floats, alive: NDArray[np.bool_]) -> tuple[Integers, Integers, float]:
     """Return indices and quantizers of the cheapest paths, prices fitted to them, and their bits per living weight."""
     indices, quantizers = best_path(units, alive)
-    for _ in range(passes):
+    for _ in range(_PASSES):
         prices = Prices.measured(indices, quantizers, alive, _PRICE)
         indices, quantizers = best_path(units, alive, prices)
     bits = Prices.measured(indices, quantizers, alive, 1.0)
