@@ -9,18 +9,9 @@ import pytest
 import torch
 from rarefy.hessian import InputHessian, as_rows
 from rarefy.layerwise import LayerCalibration, solve_layers_, worst_error
+from rarefy.testing.subjects import Inputs
 from rarefy.weights import LayerWeight
 from torch import nn
-
-
-class Inputs:
-    """A task that has calibration inputs and nothing else."""
-
-    def __init__(self, *inputs: torch.Tensor) -> None:
-        self.batches = inputs
-
-    def calibration(self, batch_size: int | None = None, batches: int = 8) -> Any:
-        return ((x,) for x in self.batches[:batches])
 
 
 class Reversed(nn.Module):

@@ -13,22 +13,13 @@ from rarefy.errors import StageError
 from rarefy.hessian import inverse_factor
 from rarefy.nouns import implement
 from rarefy.rules import rules_for
+from rarefy.testing.subjects import Inputs
 from rarefy.training import fit
 from rarefy_quantization.config import GPTQConfig, UniformConfig
 from rarefy_quantization.gptq import sweep
 from rarefy_quantization.grids import Grid, Units
 from rarefy_schemas import Finetune
 from torch import nn
-
-
-class Inputs:
-    """A task that has calibration inputs and nothing else."""
-
-    def __init__(self, *inputs: torch.Tensor) -> None:
-        self.batches = inputs
-
-    def calibration(self, batch_size: int | None = None, batches: int = 8) -> Any:
-        return ((x,) for x in self.batches[:batches])
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

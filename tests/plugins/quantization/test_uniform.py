@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rarefy.errors import StageError
 from rarefy.nouns import implement
 from rarefy.rules import rules_for
+from rarefy.testing.subjects import Inputs
 from rarefy.training import fit
 from rarefy_quantization.config import GPTQConfig, UniformConfig
 from rarefy_quantization.grids import Grid, Units
@@ -199,16 +200,6 @@ class TestLearnedSteps:
             changed = quantized(model, UniformConfig(bits=4, finetune=finetune), digits_task)
             assert changed[3].weight is changed[1].weight
             assert max(row.unique().numel() for row in changed[1].weight) <= 16
-
-
-class Inputs:
-    """A task that has calibration inputs and nothing else."""
-
-    def __init__(self, *inputs: torch.Tensor) -> None:
-        self.batches = inputs
-
-    def calibration(self, batch_size: int | None = None, batches: int = 8) -> Any:
-        return ((x,) for x in self.batches[:batches])
 
 
 class TestBiasCorrection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -124,3 +125,14 @@ def parameter_count(model: nn.Module) -> int:
 def zero_count(model: nn.Module) -> int:
     """Return the number of zeros among the weights."""
     return sum(int((weight == 0).sum()) for weight in weights(model).values())
+
+
+class Inputs:
+    """As much of a task as a technique needs that looks at calibration inputs: batches of one tensor, nothing else."""
+
+    def __init__(self, *inputs: torch.Tensor) -> None:
+        self.batches = inputs
+
+    def calibration(self, batch_size: int | None = None, batches: int = 8) -> Iterator[tuple[torch.Tensor]]:
+        """Yield the first of the batches; their size is what it is."""
+        return ((x,) for x in self.batches[:batches])

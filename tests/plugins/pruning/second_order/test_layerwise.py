@@ -10,21 +10,12 @@ import torch
 from pydantic import ValidationError
 from rarefy.errors import StageError
 from rarefy.nouns import implement
+from rarefy.testing.subjects import Inputs
 from rarefy_pruning.second_order.config import OBSConfig, SparseGPTConfig
 from rarefy_pruning.weights.config import MagnitudeConfig
 from torch import nn
 
 BOTH = pytest.mark.parametrize("kind", [SparseGPTConfig, OBSConfig])
-
-
-class Inputs:
-    """A task that has calibration inputs and nothing else."""
-
-    def __init__(self, *inputs: torch.Tensor) -> None:
-        self.batches = inputs
-
-    def calibration(self, batch_size: int | None = None, batches: int = 8) -> Any:
-        return ((x,) for x in self.batches[:batches])
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from rarefy.errors import StageError
+from rarefy.testing.subjects import Inputs
 from rarefy_pruning.second_order.config import NetworkOBSConfig
 from rarefy_pruning.second_order.network import NetworkOBS, gradients, recursive_inverse
 from rarefy_pruning.weights.config import MagnitudeConfig
@@ -18,16 +19,6 @@ from torch import nn
 
 INPUTS = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
 XOR = torch.tensor([[-1.0], [1.0], [1.0], [-1.0]])
-
-
-class Inputs:
-    """A task that has calibration inputs and nothing else."""
-
-    def __init__(self, *inputs: torch.Tensor) -> None:
-        self.batches = inputs
-
-    def calibration(self, batch_size: int | None = None, batches: int = 8) -> Any:
-        return ((x,) for x in self.batches[:batches])
 
 
 def prune(technique: Any, model: nn.Module, task: Any) -> nn.Module:

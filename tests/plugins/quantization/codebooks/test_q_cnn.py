@@ -14,22 +14,13 @@ from rarefy.hessian import InputHessian
 from rarefy.nouns import implement
 from rarefy.rules import rules_for
 from rarefy.tasks import ClassificationTask
+from rarefy.testing.subjects import Inputs
 from rarefy.training import fit
 from rarefy_quantization.codebooks.config import ProductConfig, QCNNConfig
 from rarefy_quantization.codebooks.product import cluster_blocks
 from rarefy_quantization.codebooks.response import Responses, refitted
 from rarefy_schemas import Finetune
 from torch import nn
-
-
-class Inputs:
-    """A task that has calibration inputs and nothing else."""
-
-    def __init__(self, *inputs: torch.Tensor) -> None:
-        self.batches = inputs
-
-    def calibration(self, batch_size: int | None = None, batches: int = 8) -> Any:
-        return ((x,) for x in self.batches[:batches])
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

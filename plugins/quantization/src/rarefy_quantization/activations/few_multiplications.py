@@ -12,30 +12,18 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rarefy_quantization.activations.config import FewMultiplicationsConfig
-from rarefy_quantization.low_bit.projection import LatentRule, Projection, wide
+from rarefy_quantization.low_bit.projection import Clipped, LatentRule, Projection, wide
 from rarefy_quantization.low_bit.signs import ConnectedSigns, glorot
 from rarefy_quantization.low_bit.technique import LowBitQuantizer
 from rarefy_quantization.parametrizations import with_gradient
 
 
-class ConnectedTernary(Projection):
+class ConnectedTernary(Clipped):
     """-h, 0 or h of real weights between -h and h (Lin et al. 2016, section 3.2).
 
     Training draws the sign of w times h with the probability |w| / h and 0 otherwise, which is w on average; evaluation
     takes the nearest.
     """
-
-    def __init__(self, limit: float) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def start(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weights, clipped."""
-        return weight.clamp(-self.limit, self.limit)
-
-    def confine_(self, latent: torch.Tensor) -> None:
-        """Clip the real weights."""
-        latent.clamp_(-self.limit, self.limit)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the quantized weight."""

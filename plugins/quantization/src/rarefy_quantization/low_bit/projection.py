@@ -26,6 +26,22 @@ class Projection(nn.Module):
         """Bring the real weights back to where they may be, after each optimizer step."""
 
 
+class Clipped(Projection):
+    """Projection of real weights that stay between -limit and limit."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def start(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weights, clipped."""
+        return weight.clamp(-self.limit, self.limit)
+
+    def confine_(self, latent: torch.Tensor) -> None:
+        """Clip the real weights."""
+        latent.clamp_(-self.limit, self.limit)
+
+
 class LatentRule(TrainingRule):
     """Shows every projection its gradients and confines its weights."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rarefy_quantization.grids import Units, round_step
-from rarefy_quantization.low_bit.projection import Projection, wide
+from rarefy_quantization.low_bit.projection import Clipped, Projection, wide
 from rarefy_quantization.parametrizations import with_gradient
 
 SECOND_MOMENT_DECAY = 0.999
@@ -20,7 +20,7 @@ def signs(weight: torch.Tensor) -> torch.Tensor:
     return torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
 
 
-class ConnectedSigns(Projection):
+class ConnectedSigns(Clipped):
     """Signs times a constant h, of real weights between -h and h (Courbariaux et al. 2015, eq. 1 to 3, algorithm 1).
 
     With h = 1 it is the paper's text, with Glorot's constant the same network on another scale: there the paper
@@ -28,17 +28,8 @@ class ConnectedSigns(Projection):
     """
 
     def __init__(self, limit: float, stochastic: bool) -> None:
-        super().__init__()
-        self.limit = limit
+        super().__init__(limit)
         self.stochastic = stochastic
-
-    def start(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weights, clipped."""
-        return weight.clamp(-self.limit, self.limit)
-
-    def confine_(self, latent: torch.Tensor) -> None:
-        """Clip the real weights."""
-        latent.clamp_(-self.limit, self.limit)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the quantized weight; in training mode with signs that are drawn, where asked for."""
