@@ -19,6 +19,7 @@ MODULES = (
     "pruning.widths",
     "quantization.coders",
     "quantization.deep_compression",
+    "quantization.low_bit",
     "quantization.post_training",
     "quantization.execution",
 )

@@ -1,8 +1,9 @@
-"""Results by name in a file, so that a call goes on where the last one stopped."""
+"""Results by name in a file, so that a call goes on where the last one stopped, and words for several."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,3 +23,8 @@ class Runs:
             self.path.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
             print(f"{key}: {self.done[key]}", flush=True)
         return self.done[key]
+
+
+def spread(percentages: list[float]) -> str:
+    """Return the mean of some percentages, with the least and the greatest."""
+    return f"{statistics.mean(percentages):.2f} % ({min(percentages):.2f} to {max(percentages):.2f})"

@@ -1,10 +1,11 @@
-"""ResNet-20 on Fashion-MNIST, quantized without training: accuracy against bytes on disk, for every method.
+"""Trained networks, weights quantized without training: score against bytes on disk, for every method.
 
-python -m benchmarks.quantization.post_training --data FOLDER [--weights FOLDER] [--seeds 0 1 2]
+python -m benchmarks.quantization.post_training --data FOLDER [--weights FOLDER] [--networks NAME ...] [--seeds 0 1 2]
 
-The folders are those of benchmarks.pruning.accuracy. Every setting that is listed here was run, and nothing was chosen
-by its result; the test split is measured once for each network. Results are kept one by one, so that a call goes on
-where the last one stopped.
+The folders are those of benchmarks.pruning.accuracy, the networks those of benchmarks.quantization.execution. ResNet-20
+is trained with every seed and quantized by every method; the others come trained, and show how far the bits can fall.
+Every setting that is listed here was run, and nothing was chosen by its result; the test split is measured once for
+each network. Results are kept one by one, so that a call goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from rarefy.modules import as_base
 from rarefy.nouns import implement
 from rarefy.recipe import load_recipe
 from rarefy.recovery.config import BatchNormConfig
-from rarefy.tasks.data import fashion_mnist
 from torch import nn
 
-from benchmarks.pruning.accuracy import trained
-from benchmarks.runs import Runs
+from benchmarks.quantization.execution import NETWORKS
+from benchmarks.runs import Runs, spread
 
 RESULTS = Path(__file__).parent.parent / "results" / "quantization-post-training.json"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -53,6 +53,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for rate in (3, 2, 1.5)
     },
 }  # fmt: skip
+CURVE = {
+    f"{name}, {bits} bits": {**setting, "bits": bits}
+    for bits in (8, 6, 5, 4, 3)
+    for name, setting in {
+        "uniform": {"technique": "uniform"},
+        "gptq": {"technique": "gptq", "batches": 4},
+    }.items()
+}
+"""Settings of the networks that come trained."""
 
 
 def quantized(model: nn.Module, task: Any, setting: dict[str, Any]) -> nn.Module:
@@ -71,40 +80,43 @@ def measured(original: nn.Module, task: Any, setting: dict[str, Any] | None) -> 
     count = sum(parameter.numel() for parameter in model.parameters())
     found = {"test": task.score(model, "test"), "bytes": size, "bits": 8 * size / count}
     recovery = implement(BatchNormConfig())
-    restated = recovery.transform(model, recovery.analyze(model, task), task)
-    return {**found, "test_restated": task.score(restated, "test")}
+    analysis = recovery.analyze(model, task)
+    if analysis.layers:
+        found["test_restated"] = task.score(recovery.transform(model, analysis, task), "test")
+    return found
 
 
 def section(results: dict[str, dict[str, float]]) -> str:
     """Return the results as a section of a page."""
-    seeds = sorted({key.rpartition(" | ")[2] for key in results})
     lines = [
         "## Quantized after training",
         "",
-        "ResNet-20 on Fashion-MNIST, weights quantized, nothing trained afterwards; mean over the trained networks of "
-        f"{len(seeds)} seed(s) (lowest to highest accuracy); every byte of the file counted, BatchNorm in float32 "
-        "included. The second accuracy is that after `recovery/batch-norm`, at the same size.",
+        "Weights quantized, nothing trained afterwards; every byte of the file counted, batch norms in float32 "
+        "included. The second score is that after `recovery/batch-norm`, at the same size. The score of ResNet-20 is "
+        "accuracy on Fashion-MNIST, mean over trained networks (lowest to highest); those of the others are as under "
+        "*Files on integer kernels*.",
         "",
-        "| method | accuracy on the test split | batch norms measured anew | bytes | smaller | bits per parameter |",
-        "|---|---|---|---|---|---|",
+        "| network | method | networks | score on the test split | batch norms measured anew | bytes | smaller | "
+        "bits per parameter |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for key, result in results.items():
-        found.setdefault(key.rpartition(" | ")[0], []).append(result)
-    whole = statistics.mean(r["bytes"] for r in found["float32"])
-    for name in ("float32", *SETTINGS):
-        if runs := found.get(name):
-            size = statistics.mean(r["bytes"] for r in runs)
-            scores, restated = ([r[kind] for r in runs] for kind in ("test", "test_restated"))
-            lines.append(
-                f"| {name} | {_spread(scores)} | {_spread(restated)} | {size:,.0f} | "
-                f"{whole / size:.1f}x | {statistics.mean(r['bits'] for r in runs):.2f} |"
-            )
+        network, name, _ = key.split(" | ")
+        found.setdefault(network, {}).setdefault(name, []).append(result)
+    for network in NETWORKS:
+        for name in ("float32", *dict.fromkeys([*SETTINGS, *CURVE])):
+            if runs := found.get(network, {}).get(name):
+                lines.append(f"| {network} | {name} | {_cells(runs, found[network]['float32'])} |")
     return "\n".join([*lines, ""])
 
 
-def _spread(scores: list[float]) -> str:
-    return f"{statistics.mean(scores):.2%} ({min(scores):.2%} to {max(scores):.2%})"
+def _cells(runs: list[dict[str, float]], whole: list[dict[str, float]]) -> str:
+    size, all_of_it = (statistics.mean(run["bytes"] for run in some) for some in (runs, whole))
+    scores = [100 * run["test"] for run in runs]
+    restated = [100 * run["test_restated"] for run in runs if "test_restated" in run]
+    cells = [str(len(runs)), spread(scores), spread(restated) if restated else "-", f"{size:,.0f}"]
+    return " | ".join([*cells, f"{all_of_it / size:.1f}x", f"{statistics.mean(run['bits'] for run in runs):.2f}"])
 
 
 def main() -> None:
@@ -112,14 +124,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["resnet20"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trained ResNet-20")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    task, runs = fashion_mnist(chosen.data), Runs(RESULTS)
-    for seed in chosen.seeds:
-        model = trained(task, "resnet20", seed, chosen.weights)
-        for name, setting in ({"float32": None} | SETTINGS).items():
-            runs.get(f"{name} | seed {seed}", partial(measured, model, task, setting))
+    runs = Runs(RESULTS)
+    for network in chosen.networks:
+        for seed in chosen.seeds if network == "resnet20" else [0]:
+            model, task = NETWORKS[network][0](argparse.Namespace(**{**vars(chosen), "seed": seed}))
+            for name, setting in ({"float32": None} | (SETTINGS if network == "resnet20" else CURVE)).items():
+                runs.get(f"{network} | {name} | seed {seed}", partial(measured, model, task, setting))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """Lossless coding of tensors whose elements are whole multiples of a few steps, as uniform quantization leaves them.
 
-A part is, all numbers as base-128 varints: the width of a line and the size of a group (see `grids.Grid`); the code of
-symbol 0 (zigzag); whether symbol 0 means -0.0 instead (0 or 1); the bytes of a symbol (1 or 2). Then the steps, one
-section with its length for each byte of the tensor's type, low bytes first; then a section with the symbols (see
-`symbols`). An element is its code times its group's step. The product is exact, so it is the same on every
-platform.
+A part is a byte with its form: 0 where all elements share a step, 1 where those of a row do, 2, 3 or 4 where groups of
+32, 64 or 128 in a row do; 8 more when symbol 0 means -0.0, 16 more when a symbol has two bytes. Then the code of symbol
+0 (zigzag, as a base-128 varint); a measured section with the bits of the steps; and a section with the symbols (see
+`symbols`). An element is its code times its group's step. The product is exact, so it is the same on every platform.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,6 +18,7 @@ from rarefy.artifact.grids import GROUPS, LARGEST_CODE, Floats, Grid, candidates
 from rarefy.artifact.symbols import read_section, section
 from rarefy.errors import ArtifactError
 
+_SIGNED, _WIDE = 8, 16
 _CHUNK = 1 << 16
 
 
@@ -32,17 +30,19 @@ def encode(bits: Bits, dtype: str, shape: tuple[int, ...]) -> bytes | None:
     if dtype not in ITEMSIZES or bits.size == 0:
         return None
     values = widened(bits, dtype)
-    width = row_width(shape)
+    grids = _grids(shape)
     best: tuple[float, bytes, Bits] | None = None
-    for grid, steps in candidates(values, width if width > 1 else bits.size):
+    for grid, steps in candidates(values, grids[1].width):
         lowest, signed, symbols = _symbols(values, grid.spread(steps))
-        head = _head(grid, lowest, signed, symbols.itemsize) + b"".join(_planes(narrowed(steps, dtype)))
+        form = grids.index(grid) + _SIGNED * signed + _WIDE * (symbols.itemsize - 1)
+        zigzag = 2 * lowest if lowest >= 0 else -2 * lowest - 1
+        head = bytes([form]) + varint(zigzag) + measured(section(narrowed(steps, dtype)))
         cost = len(head) + _information(symbols)
         if best is None or cost < best[0]:
             best = cost, head, symbols
     if best is None or best[0] >= bits.nbytes:
         return None
-    part = best[1] + section(best[2], width)
+    part = best[1] + section(best[2], row_width(shape))
     return part if len(part) < bits.nbytes else None
 
 
@@ -50,16 +50,16 @@ def decode(part: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> Bits:
     """Return the elements of a part; raise `ArtifactError` when it is not sound."""
     if dtype not in ITEMSIZES:
         raise ArtifactError(f"{dtype} has no steps")
-    size = elements(shape)
-    (width, group, zigzag, signed, itemsize), at = _numbers(part)
-    grouped = group == width or group in GROUPS
-    if not (2 <= width <= size or width == size == 1) or size % width or not 1 <= group <= width or not grouped:
-        raise ArtifactError(f"groups of {group} in lines of {width} do not fit {size} elements")
-    if signed > 1 or itemsize not in (1, 2):
-        raise ArtifactError("the symbols have no known form")
-    grid, lowest = Grid(width, group), (zigzag >> 1) ^ -(zigzag & 1)
-    steps, at = _read_steps(part, at, dtype, size // width * grid.per_line)
-    symbols = read_section(part[at:], itemsize, size, row_width(shape))
+    size, grids, form = elements(shape), _grids(shape), part[0] if part else 255
+    number, signed, wide = form % _SIGNED, form // _SIGNED % 2, form // _WIDE
+    if not size or number >= len(grids) or wide > 1:
+        raise ArtifactError(f"{size} elements have no steps of the form {form}")
+    zigzag, at = read_varint(part, 1)
+    grid, lowest = grids[number], (zigzag >> 1) ^ -(zigzag & 1)
+    coded, at = read_measured(part, at)
+    bits = read_section(coded, ITEMSIZES[dtype], size // grid.width * grid.per_line)
+    steps = checked(widened(bits, dtype))
+    symbols = read_section(part[at:], 1 + wide, size, row_width(shape))
     if not -LARGEST_CODE - signed <= lowest <= LARGEST_CODE - int(symbols.max()):
         raise ArtifactError(f"the codes exceed {LARGEST_CODE}")
     codes = np.arange(lowest, lowest + int(symbols.max()) + 1).astype(np.float64)
@@ -91,28 +91,8 @@ def _information(symbols: Bits) -> float:
     return min(coded, symbols.nbytes)
 
 
-def _head(grid: Grid, lowest: int, signed: bool, itemsize: int) -> bytes:
-    zigzag = 2 * lowest if lowest >= 0 else -2 * lowest - 1
-    return b"".join(varint(number) for number in (grid.width, grid.group, zigzag, signed, itemsize))
-
-
-def _numbers(part: bytes | bytearray) -> tuple[list[int], int]:
-    numbers, at = [], 0
-    for _ in range(5):
-        number, at = read_varint(part, at)
-        numbers.append(number)
-    return numbers, at
-
-
-def _planes(steps: Bits) -> Iterator[bytes]:
-    """Yield one section for each byte of the steps: signs and exponents are alike, low bytes of mantissas often 0."""
-    for plane in steps.view(np.uint8).reshape(-1, steps.itemsize).T:
-        yield measured(section(np.ascontiguousarray(plane)))
-
-
-def _read_steps(part: bytes | bytearray, at: int, dtype: str, count: int) -> tuple[Floats, int]:
-    planes = []
-    for _ in range(ITEMSIZES[dtype]):
-        data, at = read_measured(part, at)
-        planes.append(read_section(data, 1, count))
-    return checked(widened(np.stack(planes, axis=1).reshape(-1).view(stored(len(planes))), dtype)), at
+def _grids(shape: tuple[int, ...]) -> list[Grid]:
+    """Return the grids that a tensor can have, by their numbers in a part."""
+    size, width = elements(shape), row_width(shape)
+    line = width if width > 1 else size
+    return [Grid(size, size), Grid(line, line), *(Grid(line, group) for group in GROUPS if group < line)]
