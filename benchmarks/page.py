@@ -21,6 +21,7 @@ MODULES = (
     "quantization.deep_compression",
     "quantization.post_training",
     "quantization.execution",
+    "quantization.torch_kernels",
 )
 
 

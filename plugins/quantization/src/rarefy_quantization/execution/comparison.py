@@ -54,6 +54,10 @@ def _floating(outputs: object) -> Iterator[torch.Tensor]:
 
 def in_words(timed: Latency) -> str:
     """Return how much faster, or SLOWER, a model is than its original."""
-    if timed.speed_up >= 1:
-        return f"{timed.speed_up:.2f}x faster ({timed.low:.2f} to {timed.high:.2f})"
-    return f"{timed.ratio:.2f}x SLOWER"
+    words = rate_in_words(timed.speed_up)
+    return f"{words} ({timed.low:.2f} to {timed.high:.2f})" if timed.speed_up >= 1 else words
+
+
+def rate_in_words(speed_up: float) -> str:
+    """Return a speed-up in words."""
+    return f"{speed_up:.2f}x faster" if speed_up >= 1 else f"{1 / speed_up:.2f}x SLOWER"

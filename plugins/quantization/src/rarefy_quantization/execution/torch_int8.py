@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rarefy.calibration import stream_together, without_fast_path
 from rarefy.errors import StageError
-from rarefy.measure import Latency, latency
+from rarefy.measure.latency import fastest
 from rarefy.measure.mode import device_of, evaluation
+from rarefy.measure.rates import speed_up_rate
 from rarefy.technique import refuse_not_finite, replace_
 from torch import nn
 
 from rarefy_quantization.execution.codes import RowCodes, row_codes
-from rarefy_quantization.execution.comparison import Comparison, floats, in_words
+from rarefy_quantization.execution.comparison import Comparison, floats, rate_in_words
 from rarefy_quantization.execution.layers import IntegerConv2d, IntegerLayer, IntegerLinear
 from rarefy_quantization.execution.operators import Affine, Geometry, Kind, trial
 from rarefy_quantization.grids import Grid
@@ -30,13 +31,11 @@ from rarefy_quantization.grids import Grid
 KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
 """Layers with integer kernels; these very classes, as a subclass may compute something else."""
 WORTHWHILE = 1.05
-"""Median speed-up from which integers are worth their rounding; less comes and goes with the machine."""
+"""Speed-up from which integers are worth their rounding; less comes and goes with the machine."""
 
 
-class Measure(Protocol):
-    """Times a model beside its original, as `rarefy.measure.latency` does."""
-
-    def __call__(self, original: nn.Module, model: nn.Module, inputs: tuple[Any, ...], rounds: int) -> Latency: ...
+Measure = Callable[[Sequence[nn.Module], tuple[Any, ...], int, int | None], list[float]]
+"""Returns the time of a forward pass of each model, as `rarefy.measure.latency.fastest` does."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class LayerVerdict:
     reason: str
     found: bool = False
     """Whether its weight consisted of the integers already."""
-    timed: Latency | None = None
-    """Its time on integers beside that in float32; None where it was not timed."""
+    speed_up: float | None = None
+    """Its time in float32 over that on integers; None where it was not timed."""
     error: float | None = None
     """How far its outputs moved: the root of the mean squared difference, as a share of their standard deviation."""
 
@@ -63,8 +62,8 @@ class KernelReport:
     """Whether the model that was returned has layers on integers."""
     reason: str
     layers: tuple[LayerVerdict, ...]
-    timed: Latency | None = None
-    """Time of the model with the replaced layers beside that in float32; None where no layer was replaced."""
+    speed_up: float | None = None
+    """Time of the model in float32 over that with the replaced layers; None where no layer was replaced."""
     error: float | None = None
     """How far its outputs moved, as in `LayerVerdict`."""
 
@@ -82,13 +81,13 @@ def integer_kernels(
     exclude: Sequence[str] = (),
     max_error: float = 0.5,
     rounds: int = 20,
-    measure: Measure = latency,
+    measure: Measure = fastest,
 ) -> tuple[nn.Module, KernelReport]:
     """Return a copy of a float32 model on the CPU with layers on 8-bit integer kernels, and what was measured.
 
     `inputs` are the positional arguments of a forward pass of the size that will be run: a layer is replaced when it is
-    faster on what it sees of them, by a twentieth in the median of `rounds` (at least 3) pairs of timings taken in
-    turn, with torch's present number of threads. Then the same is asked of the whole model, and a copy in float32 is
+    faster on what it sees of them, by a twentieth, going by the shortest of `rounds` timings of either form, taken in
+    turn with torch's present number of threads. Then the same is asked of the whole model, and a copy in float32 is
     returned when the answer is no, or when the outputs move by more than `max_error` (the root of the mean squared
     difference over the standard deviation of the outputs).
 
@@ -152,11 +151,11 @@ def _tried(
     comparison = Comparison()
     with torch.no_grad():
         comparison.add(list(wanted), [new(values) for values in given])
-    timed = measure(_Calls(layer), _Calls(new), given, rounds)
-    error, faster = comparison.error(), timed.speed_up >= WORTHWHILE
+    error, speed_up = comparison.error(), _speed_up(measure, _Calls(layer), _Calls(new), given, rounds)
+    faster = speed_up >= WORTHWHILE
     origin = "its weight consists of them" if rows.found else "its weight is rounded to 8 bits per output"
-    reason = f"{_speed(timed)}, error {error:.2%}, {origin}"
-    return LayerVerdict(name, faster, reason, rows.found, timed, error), new if faster else None
+    reason = f"{_words(speed_up)}, error {error:.2%}, {origin}"
+    return LayerVerdict(name, faster, reason, rows.found, speed_up, error), new if faster else None
 
 
 def _judged(
@@ -173,12 +172,12 @@ def _judged(
     with evaluation(model), torch.no_grad(), without_fast_path():
         for batch in batches:
             comparison.add(floats(model(*batch)), floats(changed(*batch)))
-    error, timed = comparison.error(), measure(model, changed, inputs, rounds)
+    error, speed_up = comparison.error(), _speed_up(measure, model, changed, inputs, rounds)
     number = sum(layer.replaced for layer in layers)
-    reason = f"{_speed(timed)} in {number} of {len(layers)} layers, error {error:.2%}"
+    reason = f"{_words(speed_up)} in {number} of {len(layers)} layers, error {error:.2%}"
     if not error <= max_error:
         reason += f" of the spread of the outputs, and `max_error` is {max_error:.2%}"
-    return KernelReport(timed.speed_up >= WORTHWHILE and error <= max_error, reason, layers, timed, error)
+    return KernelReport(speed_up >= WORTHWHILE and error <= max_error, reason, layers, speed_up, error)
 
 
 class _Calls(nn.Module):
@@ -254,9 +253,14 @@ def _why_none(verdicts: Sequence[LayerVerdict]) -> str:
     return "no layer runs faster on integers" + (f": {reasons.pop()}" if len(reasons) == 1 else "")
 
 
-def _speed(timed: Latency) -> str:
-    little = 1 <= timed.speed_up < WORTHWHILE
-    return f"{in_words(timed)} on integers{', too little to round for' if little else ''}"
+def _speed_up(measure: Measure, one: nn.Module, other: nn.Module, inputs: tuple[Any, ...], rounds: int) -> float:
+    before, after = measure([one, other], inputs, rounds, None)
+    return speed_up_rate(before, after)
+
+
+def _words(speed_up: float) -> str:
+    little = 1 <= speed_up < WORTHWHILE
+    return f"{rate_in_words(speed_up)} on integers{', too little to round for' if little else ''}"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
