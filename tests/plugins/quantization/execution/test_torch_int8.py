@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rarefy.errors import StageError
+from rarefy.artifact import write
+from rarefy.errors import ArtifactError, StageError
+from rarefy.modules import as_base
 from rarefy.tasks import ClassificationTask
 from rarefy_quantization.config import UniformConfig
 from rarefy_quantization.execution import operators
@@ -203,6 +206,18 @@ def test_torch_s_transformer_layers_run_on_integers(padded: bool) -> None:
     assert [layer.name for layer in report.layers if layer.replaced] == names
     with torch.no_grad():
         torch.testing.assert_close(fast(*inputs)[seen], model(*inputs)[seen], rtol=0, atol=0.1)
+
+
+def test_a_file_refuses_what_was_made_for_one_machine(tmp_path: Path) -> None:
+    model = mlp()
+    fast, _ = integer_kernels(model, (torch.randn(2, 12),), measure=FASTER)
+    with pytest.raises(ArtifactError, match="IntegerLinear is not registered"):
+        write(fast, as_base(model), tmp_path / "model.rarefy")
+
+
+def test_gradients_are_off() -> None:
+    fast, _ = integer_kernels(Net(), X, exclude=["one.*"], measure=FASTER)
+    assert not fast(*X).requires_grad
 
 
 def test_what_cannot_be_replaced_stays_and_is_named() -> None:
