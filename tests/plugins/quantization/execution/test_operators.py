@@ -71,6 +71,8 @@ def test_where_sums_saturate_activations_have_seven_bits(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("bits", [8, 7])
 @pytest.mark.parametrize("geometry", [Geometry(), Geometry((2, 1), (1, 2), (1, 2)), Geometry(padding=(1, 1), groups=4)])
 def test_conv2d_is_the_convolution_between_its_grids(geometry: Geometry, bits: int) -> None:
+    if bits > trial("conv2d").bits:
+        pytest.skip("sums saturate on this machine")
     codes, scales, bias = weight(8, 8 // geometry.groups, 3, 3)
     given, out = Affine(4 / (2**bits - 1), 2 ** (bits - 1), bits), Affine(0.125, 100)
     x = torch.randn(2, 8, 9, 7)  # some are beyond the grid
@@ -85,7 +87,7 @@ def test_conv2d_is_the_convolution_between_its_grids(geometry: Geometry, bits: i
 
 
 def test_conv2d_keeps_the_layout_of_what_it_is_given() -> None:
-    layer = IntegerConv2d(*weight(4, 2, 3, 3), Geometry(), Affine(0.02, 128), Affine(0.1, 128))
+    layer = IntegerConv2d(*weight(4, 2, 3, 3), Geometry(), Affine(0.03, 60, trial("conv2d").bits), Affine(0.1, 128))
     x = torch.randn(3, 2, 6, 6)
     last = x.to(memory_format=torch.channels_last)
     assert layer(x).is_contiguous()
@@ -153,6 +155,7 @@ def test_a_pickle_read_without_operators_computes_in_float32_and_says_so(
 
 
 def test_a_pickle_with_more_bits_than_sums_allow_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "_linear_is_exact", lambda bits: bits == 8)
     written = pickle.dumps(layers()[0])
     operators._trial.cache_clear()
     monkeypatch.setattr(operators, "_linear_is_exact", lambda bits: bits == 7)
