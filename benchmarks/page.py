@@ -22,6 +22,7 @@ MODULES = (
     "quantization.low_bit",
     "quantization.post_training",
     "quantization.execution",
+    "quantization.torch_kernels",
 )
 
 

@@ -45,7 +45,7 @@ def stream_inputs(
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_without_fast_path())
+        stack.enter_context(without_fast_path())
         watch = _Watch(visits)
         for name in visits:
             hook = model.get_submodule(name).register_forward_pre_hook(watch.hook(name), with_kwargs=True)
@@ -83,7 +83,7 @@ def stream_together(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation(*models))
-        stack.enter_context(_without_fast_path())
+        stack.enter_context(without_fast_path())
         taps = [_Tap(name) for _ in models]
         for model, tap in zip(models, taps, strict=True):
             hook = model.get_submodule(name).register_forward_hook(tap.after, with_kwargs=True)
@@ -146,7 +146,7 @@ def _given(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Te
 
 
 @contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Keep torch's transformer layers from computing in one fused step, which calls no inner layer."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -15,8 +15,8 @@ from rarefy.measure import Latency
 from rarefy.recipe import load_recipe
 from rarefy.tasks import ClassificationTask
 from rarefy_quantization.config import UniformConfig
+from rarefy_quantization.execution.comparison import in_words
 from rarefy_quantization.execution.config import OnnxInt8Format
-from rarefy_quantization.execution.verdict import _speed
 from torch import nn
 
 from .conftest import quantized, random_task, written
@@ -231,8 +231,8 @@ class TestRefusals:
 
 
 def test_a_slower_file_says_so() -> None:
-    assert _speed(Latency(0.5, 0.4, 0.6, (1, 2, 3), 1)) == "2.00x SLOWER"
-    assert _speed(Latency(2.0, 1.5, 2.5, (1, 2, 3), 4)) == "2.00x faster (1.50 to 2.50)"
+    assert in_words(Latency(0.5, 0.4, 0.6, (1, 2, 3), 1)) == "2.00x SLOWER"
+    assert in_words(Latency(2.0, 1.5, 2.5, (1, 2, 3), 4)) == "2.00x faster (1.50 to 2.50)"
 
 
 def test_the_file_holds_no_traces_of_source_files(tmp_path: Path) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from rarefy.errors import StageError
 from rarefy.exporters.onnx import OnnxModel
-from rarefy.measure import Latency, latency
+from rarefy.measure import latency
 from rarefy.task import Task
 from rarefy_schemas import Measurement
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_structure
+from torch.utils._pytree import tree_structure
 
+from rarefy_quantization.execution.comparison import Comparison, floats, in_words
 from rarefy_quantization.execution.config import QuantizedOnnxFormat
 
 BATCHES = 16
@@ -42,10 +42,10 @@ class Verdict:
 
         Raises `StageError` when the error exceeds the option `max_error`.
         """
-        comparison = _Comparison()
+        comparison = Comparison()
         for batch in itertools.islice(self.task.loader("validation"), BATCHES):
             inputs = self.task.inputs(batch)
-            comparison.add(_floats(self.model(*inputs)), _floats(file(*inputs)))
+            comparison.add(floats(self.model(*inputs)), floats(file(*inputs)))
         error = comparison.error()
         if not error <= self.config.max_error:
             raise StageError(
@@ -78,7 +78,7 @@ class Verdict:
         timed = latency(OnnxModel(float32), file, inputs, self.config.rounds)
         rate = len(float32) / size
         self.notes.append(
-            f"{rate:.2f}x {'smaller' if rate > 1 else 'of the bytes, so not smaller,'} and {_speed(timed)} than the "
+            f"{rate:.2f}x {'smaller' if rate > 1 else 'of the bytes, so not smaller,'} and {in_words(timed)} than the "
             f"float32 ONNX file, at batch {self.config.batch_size} on {torch.get_num_threads()} thread(s)"
         )
         speed = Measurement(
@@ -86,48 +86,3 @@ class Verdict:
             value=timed.speed_up, unit="x", better="higher", low=timed.low, high=timed.high,
         )  # fmt: skip
         return [Measurement(name="float32_rate", value=rate, unit="x", better="higher"), speed]
-
-
-class _Comparison:
-    """Sums over outputs and their differences."""
-
-    def __init__(self) -> None:
-        self.squares = self.sums = self.differences = 0.0
-        self.count = self.rows = self.same = 0
-
-    def add(self, expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
-        for one, other in zip(expected, found, strict=True):
-            one, other = one.double(), other.double()
-            self.squares += float(one.square().sum())
-            self.sums += float(one.sum())
-            self.differences += float((one - other).square().sum())
-            self.count += one.numel()
-        if len(expected) == 1 and expected[0].dim() == 2:
-            self.rows += len(expected[0])
-            self.same += int((expected[0].argmax(1) == found[0].argmax(1)).sum())
-
-    def error(self) -> float:
-        """Return the root of the mean squared difference over the standard deviation of the outputs."""
-        variance = self.squares - self.sums**2 / max(self.count, 1)
-        if self.differences == 0:
-            return 0.0
-        return math.sqrt(self.differences / variance) if variance > 0 else math.inf
-
-    def agreement(self) -> float | None:
-        return self.same / self.rows if self.rows else None
-
-
-def _floats(outputs: object) -> list[torch.Tensor]:
-    return list(_floating(outputs))
-
-
-def _floating(outputs: object) -> Iterator[torch.Tensor]:
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            yield leaf
-
-
-def _speed(timed: Latency) -> str:
-    if timed.speed_up >= 1:
-        return f"{timed.speed_up:.2f}x faster ({timed.low:.2f} to {timed.high:.2f})"
-    return f"{timed.ratio:.2f}x SLOWER"
