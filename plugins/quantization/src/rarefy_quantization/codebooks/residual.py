@@ -96,7 +96,7 @@ class ResidualQuantization(VectorQuantizer[ResidualConfig, ResidualCoded]):
         """Put layers of codes and codebooks in place; those that shared a weight share these."""
         for name, coded in analysis.plan.items():
             parameter = model.get_parameter(name)
-            codebooks = nn.Parameter(coded.codebooks, requires_grad=parameter.requires_grad)
+            codebooks = nn.Parameter(coded.codebooks.clone(), requires_grad=parameter.requires_grad)
             for layer, _ in places(model, parameter):
                 new = _layer(layer, coded)
                 new.codes, new.codebooks, new.bias = coded.codes, codebooks, layer.bias
