@@ -117,6 +117,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"strength": 1e-3, "finetune": {}},
         {"strength": 1e-3, "biases": True, "zero_share_strength": 100, "finetune": {}},
     ],
+    "quantization/residual": [
+        {"codes": 4, "length": 2},
+        {"codes": 8, "stages": 3, "length": 4, "joint": False, "finetune": {}},
+    ],
     "quantization/vector": [{"length": 4, "codes": 16}, {"length": 2, "codes": 8, "finetune": {}}],
     "quantization/precision": [{}, {"bits": 4, "targets": {"exclude": ["0"]}}],
     "quantization/trellis": [{"rate": 3.0}, {"rate": 2.0, "per_layer": {"*": 4.0}, "finetune": {}}],

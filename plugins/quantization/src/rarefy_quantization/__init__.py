@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the family."""
     from rarefy_quantization.activations.config import FewMultiplicationsConfig, HwgqConfig, XnorConfig
-    from rarefy_quantization.codebooks.config import ProductConfig, QCNNConfig, SoftSharingConfig
+    from rarefy_quantization.codebooks.config import ProductConfig, QCNNConfig, ResidualConfig, SoftSharingConfig
     from rarefy_quantization.config import (
         EntropyConstrainedConfig,
         GPTQConfig,
@@ -27,10 +27,11 @@ def register_techniques() -> Iterable[type[TechniqueConfig]]:
     from rarefy_quantization.rounding.config import AdaRoundConfig, EqualizeConfig, FixedPointConfig, PrecisionConfig
     from rarefy_quantization.trellis.config import TrellisConfig
 
-    codebooks = [KMeansConfig, EntropyConstrainedConfig, VectorConfig, ProductConfig, QCNNConfig, SoftSharingConfig]
+    scalars = [KMeansConfig, EntropyConstrainedConfig, SoftSharingConfig]
+    vectors = [VectorConfig, ProductConfig, ResidualConfig, QCNNConfig]
     grids = [UniformConfig, GPTQConfig, AdaRoundConfig, TrellisConfig, FixedPointConfig, PrecisionConfig]
     low_bit = [BinaryConfig, TernaryConfig, XnorConfig, HwgqConfig, FewMultiplicationsConfig]
-    return [*codebooks, *grids, EqualizeConfig, *low_bit]
+    return [*scalars, *vectors, *grids, EqualizeConfig, *low_bit]
 
 
 @hookimpl

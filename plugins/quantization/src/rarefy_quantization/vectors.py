@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from rarefy.hessian import columns
@@ -22,6 +22,7 @@ from rarefy_quantization.sharing import CodebookTechnique
 _ELEMENTS = 2**23
 """Most distances that are computed at a time."""
 ConfigT = TypeVar("ConfigT", bound=VectorSharing)
+CodedT = TypeVar("CodedT")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class VectorCoded:
 
     def error(self, tensor: torch.Tensor) -> float:
         """Return the squared error as a share of the square of `tensor`."""
-        exact = tensor.detach().double()
-        return float((self.decode().double() - exact).square().sum() / exact.square().sum())
+        return relative_error(self.decode(), tensor)
 
     def entropy(self) -> float:
         """Return the order-0 entropy of the codes in bits per weight."""
@@ -72,23 +72,20 @@ class SharedVectors(Lookup):
         return rows.new_zeros(self.size).index_copy_(0, self.codes.long(), rows)
 
 
-class VectorQuantizer(CodebookTechnique[ConfigT]):
-    """Gives the vectors of each target layer codes; write `code` and `obstacle`."""
+class VectorQuantizer(CodebookTechnique[ConfigT], Generic[ConfigT, CodedT]):
+    """Gives the vectors of each target layer codes; write `code`, `obstacle` and `report`."""
 
-    def code(self, tensor: torch.Tensor, seed: int) -> VectorCoded:
-        """Return `tensor` with few distinct vectors."""
+    def code(self, tensor: torch.Tensor, seed: int) -> CodedT:
+        """Return `tensor` with few distinct vectors, or sums of few."""
         raise NotImplementedError
 
-    def obstacle(self, weight: LayerWeight) -> str | None:
+    def obstacle(self, model: nn.Module, weight: LayerWeight) -> str | None:
         """Return why a layer whose rows can be cut into vectors is left alone, or None."""
         raise NotImplementedError
 
-    def report(self, weight: LayerWeight, coded: VectorCoded) -> LayerReport:
+    def report(self, weight: LayerWeight, coded: CodedT) -> LayerReport:
         """Return what becomes of a layer."""
-        count, length = coded.codebook.shape
-        action = f"{count:,} shared vectors of {length}, {math.log2(count) / length:.2f} bits per weight"
-        scores = {"distinct": count, "relative_mse": coded.error(weight.parameter), "entropy": coded.entropy()}
-        return LayerReport(name=weight.name, kind=weight.kind, action=action, scores=scores)
+        raise NotImplementedError
 
     @torch.no_grad()
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
@@ -96,7 +93,7 @@ class VectorQuantizer(CodebookTechnique[ConfigT]):
         weights, skipped = layer_weights(model, self.config)
         layers, plan = [], {}
         for weight in weights:
-            if (obstacle := uneven(weight, self.config.length) or self.obstacle(weight)) is not None:
+            if (obstacle := uneven(weight, self.config.length) or self.obstacle(model, weight)) is not None:
                 skipped.append(SkippedLayer(name=weight.name, kind=weight.kind, reason=obstacle))
                 continue
             name = f"{weight.name}.weight"
@@ -105,7 +102,7 @@ class VectorQuantizer(CodebookTechnique[ConfigT]):
         return Analysis(tuple(layers), tuple(skipped), plan)
 
 
-class VectorQuantization(VectorQuantizer[VectorConfig]):
+class VectorQuantization(VectorQuantizer[VectorConfig, VectorCoded]):
     """Least squared error of vectors from few (Gong et al. 2014, section 3.3, with one codebook for a whole layer)."""
 
     def code(self, tensor: torch.Tensor, seed: int) -> VectorCoded:
@@ -115,12 +112,25 @@ class VectorQuantization(VectorQuantizer[VectorConfig]):
         codes, codebook = cluster(rows.double(), self.config.codes, self.config.rounds, generator)
         return VectorCoded(codes.int(), codebook.to(tensor.dtype), tensor.shape)
 
-    def obstacle(self, weight: LayerWeight) -> str | None:
+    def obstacle(self, model: nn.Module, weight: LayerWeight) -> str | None:
         """Return that a layer has too few vectors, if so."""
         count = weight.parameter.numel() // self.config.length
         if count <= self.config.codes:
             return f"it has {count:,} vectors of {self.config.length}, and `codes` is {self.config.codes:,}"
         return None
+
+    def report(self, weight: LayerWeight, coded: VectorCoded) -> LayerReport:
+        """Return what becomes of a layer."""
+        count, length = coded.codebook.shape
+        action = f"{count:,} shared vectors of {length}, {math.log2(count) / length:.2f} bits per weight"
+        scores = {"distinct": count, "relative_mse": coded.error(weight.parameter), "entropy": coded.entropy()}
+        return LayerReport(name=weight.name, kind=weight.kind, action=action, scores=scores)
+
+
+def relative_error(decoded: torch.Tensor, tensor: torch.Tensor) -> float:
+    """Return the squared error of a tensor as a share of its square."""
+    exact = tensor.detach().double()
+    return float((decoded.double() - exact).square().sum() / exact.square().sum())
 
 
 def uneven(weight: LayerWeight, length: int) -> str | None:

@@ -7,6 +7,7 @@ import math
 import torch
 from rarefy.errors import StageError
 from rarefy.modules import register_module
+from rarefy.modules.convolution import convolve
 from torch import nn
 from torch.nn import functional as F
 
@@ -136,18 +137,6 @@ class HashedConv2d(HashedLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `(n, out, h', w')` for `(n, in, h, w)`."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._around(), mode=self.padding_mode), (0, 0)
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-
-    def _around(self) -> list[int]:
-        """Return the padding as `F.pad` takes it: left, right, top, bottom."""
-        sides = []
-        for dim in (1, 0):
-            if self.padding == "same":
-                total = self.dilation[dim] * (self.kernel_size[dim] - 1)
-                sides += [total // 2, total - total // 2]
-            else:
-                sides += [0, 0] if isinstance(self.padding, str) else [self.padding[dim]] * 2
-        return sides
+        return convolve(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        )

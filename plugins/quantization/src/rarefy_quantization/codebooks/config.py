@@ -37,6 +37,34 @@ class ProductConfig(BlockSharing):
     """Most iterations per block; it stops earlier when no vector changes its centroid."""
 
 
+class ResidualConfig(VectorSharing):
+    """Make vectors of consecutive weights sums: k-means, then k-means on what it left, and so on; fine-tuning of all.
+
+    The layers become modules that keep codes and codebooks and add the vectors up for each forward pass: a smaller
+    file, the same FLOPs, no less time. At equal error `quantization/vector` took fewer bytes where it was measured, and
+    `quantization/entropy-constrained` the fewest; stages reach errors for which one codebook is too large to search.
+    """
+
+    implementation: ClassVar[str] = "rarefy_quantization.codebooks.residual:ResidualQuantization"
+    paper: ClassVar[str] = (
+        "Gong et al. 2014, Compressing deep convolutional networks using vector quantization (residual quantization); "
+        "Babenko & Lempitsky 2014, Additive quantization for extreme vector compression (`joint`)"
+    )
+    traits: ClassVar[Traits] = Traits(changes_shapes=True, keeps_zeros=False, needs_dense_floats=True)
+
+    technique: Literal["quantization/residual"] = "quantization/residual"
+    stages: int = Field(default=2, ge=1)
+    """Codebooks of a layer, one vector of each in every sum; 1 is vector quantization."""
+    codes: int = Field(default=256, ge=2, le=65536)
+    """Number of vectors in the codebook of a stage; a weight costs stages * log2(codes) / length bits, and the
+    codebooks come on top."""
+    joint: bool = True
+    """Whether the codebooks of all stages are moved together to the least squared error once the codes are found; it
+    took 1% off the error."""
+    rounds: int = Field(default=50, ge=1)
+    """Most iterations per stage; it stops earlier when no vector changes its centroid."""
+
+
 class QCNNConfig(BlockSharing):
     """Share vectors so that the responses of each layer stay nearest, behind layers that are already quantized."""
 

@@ -11,6 +11,7 @@ from rarefy.artifact.vectors import block_edges
 from rarefy.hessian import columns
 from rarefy.weights import LayerWeight
 from rarefy_schemas import LayerReport
+from torch import nn
 
 from rarefy_quantization.codebooks.config import BlockSharing, ProductConfig
 from rarefy_quantization.vectors import VectorCoded, VectorQuantizer, cluster
@@ -18,7 +19,7 @@ from rarefy_quantization.vectors import VectorCoded, VectorQuantizer, cluster
 ConfigT = TypeVar("ConfigT", bound=BlockSharing)
 
 
-class BlockQuantizer(VectorQuantizer[ConfigT]):
+class BlockQuantizer(VectorQuantizer[ConfigT, VectorCoded]):
     """Knows the blocks of a layer; their codebooks stand one after the other in that of the layer."""
 
     def edges(self, row: int) -> list[int]:
@@ -26,7 +27,7 @@ class BlockQuantizer(VectorQuantizer[ConfigT]):
         places = row // self.config.length
         return block_edges(places, min(self.config.blocks or places, places))
 
-    def obstacle(self, weight: LayerWeight) -> str | None:
+    def obstacle(self, model: nn.Module, weight: LayerWeight) -> str | None:
         """Return that a block of a layer has too few vectors, if so."""
         rows, edges = weight.parameter.shape[0], self.edges(columns(weight.layer))
         count = rows * min(last - first for first, last in pairwise(edges))

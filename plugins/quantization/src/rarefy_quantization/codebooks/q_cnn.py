@@ -34,7 +34,7 @@ class QCNN(BlockQuantizer[QCNNConfig]):
         weights, skipped = layer_weights(model, self.config)
         layers = []
         for weight, obstacle in self._calibration(task).order(model, weights):
-            reason = obstacle or uneven(weight, self.config.length) or self.obstacle(weight)
+            reason = obstacle or uneven(weight, self.config.length) or self.obstacle(model, weight)
             if reason is None:
                 layers.append(LayerReport(name=weight.name, kind=weight.kind, action=self.action(weight)))
             else:
