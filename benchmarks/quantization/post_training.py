@@ -43,6 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"kmeans, {b} bits": {"technique": "kmeans", "bits": b} for b in (4, 3, 2)},
     **{f"vector, {codes} of {length}": {"technique": "vector", "codes": codes, "length": length} for codes, length in
        ((256, 4), (256, 9), (16, 4))},
+    **{f"residual, {stages} x {codes} of {length}": {"technique": "residual", "stages": stages, "codes": codes,
+       "length": length} for stages, codes, length in ((2, 64, 4), (3, 64, 4), (2, 256, 9))},
     **{f"q-cnn, {codes} of {length}, one codebook": {"technique": "q-cnn", "codes": codes, "length": length,
        "blocks": 1} for codes, length in ((256, 9), (16, 4))},
     **{f"entropy-constrained, {rate} bits": {"technique": "entropy-constrained", "rate": rate} for rate in (3, 2, 1.5)},

@@ -178,3 +178,21 @@ def test_precision_can_change_from_one_training_to_the_next(model: nn.Module, ta
         trained = fit(copy.deepcopy(model), model, task, Finetune(precision=precision))
         assert "forward" not in vars(trained.model)
         assert math.isfinite(trained.history[-1]["loss"])
+
+
+def test_channels_last_changes_results_by_rounding_only() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 1, 8, 8), torch.arange(32) % 4
+    task = ClassificationTask.from_arrays(x, y, validation=(x, y), test=(x, y))
+    kernels = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
+    start = nn.Sequential(*kernels, nn.Linear(64, 4))
+    plain, last, seen = copy.deepcopy(start), copy.deepcopy(start), []
+    last[3].register_forward_hook(lambda *args: seen.append(args[2].is_contiguous(memory_format=torch.channels_last)))
+    config = Finetune(epochs=2, optimizer="sgd")
+    fit(plain, start, task, config)
+    fit(last, start, task, config.model_copy(update={"memory_format": "channels_last"}))
+    assert seen[:2] == [True, True]
+    for one, other in zip(plain.parameters(), last.parameters(), strict=True):
+        assert other.is_contiguous()
+        assert torch.allclose(one, other, atol=1e-5)
+    assert all(parameter.is_contiguous() for parameter in start.parameters())

@@ -37,7 +37,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pruning/magnitude": [
         {"amount": 0.6},
         {"amount": 0.6, "scope": "layer", "finetune": {}},
-        {"amount": 0.6, "schedule": "cubic", "finetune": {}},
+        {"amount": 0.6, "schedule": "cubic", "finetune": {"memory_format": "channels_last"}},
         {"sensitivity": 0.8, "schedule": "iterative", "rounds": 2, "finetune": {}},
         {"pattern": "2:4", "schedule": "cubic", "finetune": {}},
     ],
@@ -65,7 +65,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {},
         {"method": "bwn", "gradient": "scaled", "granularity": "tensor", "finetune": {}},
         {"method": "binary-connect", "stochastic": True, "keep_ends": False, "finetune": {}},
-        {"method": "loss-aware", "finetune": {}},
+        {"method": "loss-aware", "finetune": {"memory_format": "channels_last"}},
     ],
     "quantization/equalize": [{}, {"fold": False, "finetune": {}}],
     "quantization/few-multiplications": [

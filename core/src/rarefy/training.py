@@ -49,6 +49,8 @@ def fit(
     if steps == 0 or not parameters:
         return Trained(model)
     engine = _engine(config, next(model.parameters()).device)
+    if config.memory_format == "channels_last":
+        _arrange_((model, teacher), torch.channels_last)
     optimizer = _optimizer(parameters, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config))
     attributes = dict(vars(model))
@@ -61,10 +63,20 @@ def fit(
     finally:
         model.train(was_training)
         teacher.train(teacher_training)
+        if config.memory_format == "channels_last":
+            _arrange_((model, teacher), torch.contiguous_format)
         _restore_forward_(model, attributes)
         for parameter in parameters:
             parameter.grad = None
     return Trained(model, tuple(history))
+
+
+def _arrange_(models: Sequence[nn.Module], memory_format: torch.memory_format) -> None:
+    """Lay all four-dimensional tensors of models out; what a convolution gives follows its kernel."""
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=memory_format)
 
 
 def _restore_forward_(model: nn.Module, before: dict[str, Any]) -> None:

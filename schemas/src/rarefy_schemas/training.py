@@ -48,6 +48,9 @@ class Finetune(Schema):
     """Largest gradient norm."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of the engine."""
+    memory_format: Literal["keep", "channels_last"] = "keep"
+    """How images and kernels lie in memory during the training: as they do, or channels last, with which convolutions
+    are often faster and results differ by rounding. Afterwards kernels are contiguous."""
     keep: Literal["last", "best"] = "last"
     """Weights to keep: of the last epoch, or of the best one on the validation split."""
     patience: int | None = Field(default=None, ge=1)
