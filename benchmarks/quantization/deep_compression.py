@@ -37,6 +37,7 @@ SHIPPED = "as shipped"
 POINTS: dict[str, dict[str, tuple[str, ...]]] = {
     "smallest-lenet-300-100": {
         "90 % pruned, 5 bits": ("steps.0.amount=0.9", "steps.1.bits=5"),
+        "97 % pruned": ("steps.0.amount=0.97",),
         "98 % pruned": ("steps.0.amount=0.98",),
     },
     "smallest-lenet-5": {

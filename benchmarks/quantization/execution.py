@@ -44,19 +44,26 @@ CALIBRATION = 8
 FLOAT, THEIRS = "float32", "int8 by ONNX Runtime's quantizer"
 GPTQ = {"technique": "quantization/gptq", "batches": 4}
 Steps = list[dict[str, Any]]
-FILES: dict[str, tuple[str, Steps]] = {
-    "int8": ("onnx-int8", []),
-    "int8, weights by gptq": ("onnx-int8", [{**GPTQ, "bits": 8}]),
-    "int4": ("onnx-int4", []),
-    "int4, weights by gptq": ("onnx-int4", [{**GPTQ, "granularity": "group", "group_size": 32}]),
+FILES: dict[str, tuple[dict[str, Any], Steps]] = {
+    "int8": ({"format": "onnx-int8"}, []),
+    "int8, weights by gptq": ({"format": "onnx-int8"}, [{**GPTQ, "bits": 8}]),
+    "int8, weights by gptq, stem in float32": (
+        {"format": "onnx-int8", "range": "percentile", "percentile": 99.99, "exclude": ["conv_stem"]},
+        [{**GPTQ, "bits": 8}],
+    ),
+    "int4": ({"format": "onnx-int4"}, []),
+    "int4, weights by gptq": ({"format": "onnx-int4"}, [{**GPTQ, "granularity": "group", "group_size": 32}]),
 }
-"""Format, and the steps before it."""
+"""Format with its options, and the steps before it."""
 Network = Callable[[argparse.Namespace], tuple[nn.Module, Any]]
 
 
 NETWORKS: dict[str, tuple[Network, Sequence[str]]] = {
     "resnet20": (networks.resnet20, ("int8", "int8, weights by gptq")),
-    "efficientnet-lite0": (networks.efficientnet_lite0, ("int8", "int8, weights by gptq")),
+    "efficientnet-lite0": (
+        networks.efficientnet_lite0,
+        ("int8", "int8, weights by gptq", "int8, weights by gptq, stem in float32"),
+    ),
     "crepe-tiny": (networks.crepe_tiny, ("int8",)),
     "minilm": (networks.minilm, ("int8", "int4", "int4, weights by gptq")),
 }
@@ -97,7 +104,7 @@ def their_file(source: Path, task: Any, path: Path) -> None:
 def our_file(model: nn.Module, task: Any, name: str, path: Path) -> None:
     """Write one of `FILES`."""
     kind, steps = FILES[name]
-    recipe = load_recipe({"steps": steps or [{"technique": "quantization/uniform"}], "export": [{"format": kind}]})
+    recipe = load_recipe({"steps": steps or [{"technique": "quantization/uniform"}], "export": [kind]})
     for step in recipe.steps if steps else ():
         technique = implement(step)
         changed = technique.transform(copy.deepcopy(model), technique.analyze(model, task), task)

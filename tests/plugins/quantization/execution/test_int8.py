@@ -151,6 +151,25 @@ def test_excluded_layers_stay_in_float(tmp_path: Path) -> None:
         written(Residual(), random_task(2, 8, 8), QUICK.model_copy(update={"exclude": ("nose*",)}), tmp_path / "no")
 
 
+def test_weights_of_excluded_layers_are_not_rounded_by_the_runtime(tmp_path: Path) -> None:
+    """ONNX Runtime rounds them per tensor when their input is quantized by one step, unless it is by one per channel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten(),
+        nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[2].weight[0] *= 1000  # with a step for all of them, the others would be zero
+        model[2].bias.zero_()
+        model[4].weight[:, 0] /= 1000
+        model[8].weight[0] *= 1000
+        model[8].bias.zero_()
+        model[10].weight[:, 0] /= 1000
+    config = QUICK.model_copy(update={"exclude": ("2", "8"), "max_error": 0.1})
+    file = written(model.eval(), random_task(2, 8, 8), config, tmp_path)
+    assert {"Conv", "QLinearConv"} <= file.kernels()
+
+
 def test_products_of_two_activations_stay_in_float_and_are_named(tmp_path: Path) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -8,10 +8,12 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from rarefy_quantization.execution.codes import RowCodes
-from rarefy_quantization.execution.graph import Array, Graph, Kernel
+from rarefy_quantization.execution.graph import Array, Graph, Kernel, attributes
 from rarefy_quantization.execution.regions import CLAMPS, bounds
 from rarefy_quantization.grids import Grid
 
+ROUNDED = ("Conv", "ConvTranspose", "Gemm")
+"""Operators whose weights ONNX Runtime rounds by itself when what they read is quantized."""
 LARGEST_BIAS = 2**30
 """Largest integer of a bias: the kernel adds it to a sum in 32 bits."""
 ZERO_ROW_BITS = 20
@@ -50,8 +52,9 @@ def quantize_tensors_(graph: Graph, grids: Mapping[str, Grid]) -> None:
     """Let whoever reads a tensor of `grids` read its nearest 8-bit values."""
     nodes = []
     pairs = {name: _pair(graph, name, grid) for name, grid in grids.items()}
-    for name in pairs:
+    for name, pair in pairs.items():
         graph.rename(name, f"{name}/d")
+        pair += _spared(graph, name, grids[name])
     for name in graph.inputs:
         nodes += pairs.get(name, [])
     for node in graph.nodes:
@@ -73,6 +76,29 @@ def _pair(graph: Graph, name: str, grid: Grid) -> list[NodeProto]:
         helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}/q"]),
         helper.make_node("DequantizeLinear", [f"{name}/q", scale, zero], [f"{name}/d"]),
     ]
+
+
+def _spared(graph: Graph, name: str, grid: Grid) -> list[NodeProto]:
+    """Let layers that stay in float32 read a tensor by a step per channel, all of them equal, and return the operators.
+
+    ONNX Runtime rounds the weights of a layer that reads a tensor by one step, to 8 bits for all of them together, and
+    no option of the file forbids it.
+    """
+    nodes: dict[int, NodeProto] = {}
+    for node in graph.nodes:
+        weight = graph.constants.get(node.input[1]) if node.op_type in ROUNDED else None
+        if weight is None or node.input[0] != f"{name}/d":
+            continue
+        given = attributes(node)
+        counted = 1 if node.op_type == "Conv" or given.get("transB", 0) else 0
+        number = weight.shape[counted] * (given.get("group", 1) if node.op_type == "Conv" else 1)
+        if number not in nodes:
+            scales = graph.constant(f"{name}/s{number}", np.full(number, grid.step.item(), np.float32))
+            zeros = graph.constant(f"{name}/z{number}", np.full(number, -grid.low.item(), np.uint8))
+            outputs = [f"{name}/d{number}"]
+            nodes[number] = helper.make_node("DequantizeLinear", [f"{name}/q", scales, zeros], outputs, axis=1)
+        node.input[0] = nodes[number].output[0]
+    return list(nodes.values())
 
 
 def _dequantized(graph: Graph, name: str, codes: Array, scales: Array, axis: int = 0) -> str:
