@@ -152,7 +152,7 @@ def test_excluded_layers_stay_in_float(tmp_path: Path) -> None:
 
 
 def test_weights_of_excluded_layers_are_not_rounded_by_the_runtime(tmp_path: Path) -> None:
-    """ONNX Runtime rounds them per tensor when their input is quantized by one step, unless it is by one per channel."""
+    """ONNX Runtime rounds them per tensor when what they read has one step, but not when it has one per channel."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten(),
