@@ -6,10 +6,9 @@ FOLDER of `--data` holds the four IDX files of Fashion-MNIST (Debian: package da
 /usr/share/datasets/fashion-mnist). `--weights` keeps the trained networks between calls. torch-pruning is measured
 when it is there: `pip install --no-deps torch-pruning==1.6.1`, beside rarefy.
 
-Both sides fine-tune for as long, by the same schedule, with the better of two learning rates. Which criterion, which
-rate and, for ours, which weight of the teacher stands for a side is chosen on the validation split at seed 0; the test
-split is measured once per run, after the last epoch. Results are kept run by run in results/pruning-accuracy.json, so
-that a call goes on where the last one stopped.
+Both sides fine-tune alike. Which criterion stands for a side, and then which weight of the teacher for ours, is chosen
+on the validation split at seed 0; the test split is measured once per run, after the last epoch. Results are kept run
+by run in results/pruning-accuracy.json, so that a call goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,10 @@ RESULTS = Path(__file__).parent.parent / "results" / "pruning-accuracy.json"
 TRAIN = Finetune(epochs=4, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, batch_size=128)
 TUNE = TRAIN.model_copy(update={"epochs": 2, "lr": 0.05})
 NETWORKS = {"resnet20": zoo.resnet20, "resnet56": zoo.resnet56}
-SLOW = TUNE.model_copy(update={"lr": 0.02})
-TEACHER, STRICT = LogitsConfig(temperature=4.0, alpha=0.5), LogitsConfig(temperature=4.0, alpha=0.9)
 LOSSES = {
     "labels": TUNE,
-    "labels, lr .02": SLOW,
-    "teacher": TUNE.model_copy(update={"objective": TEACHER}),
-    "teacher, lr .02": SLOW.model_copy(update={"objective": TEACHER}),
-    "teacher .9": TUNE.model_copy(update={"objective": STRICT}),
-    "teacher .9, lr .02": SLOW.model_copy(update={"objective": STRICT}),
+    "teacher": TUNE.model_copy(update={"objective": LogitsConfig(temperature=4.0, alpha=0.5)}),
+    "teacher .9": TUNE.model_copy(update={"objective": LogitsConfig(temperature=4.0, alpha=0.9)}),
 }
 CRITERIA: dict[str, Callable[[dict[str, Any]], Any]] = {
     "l1": lambda goal: channels.ChannelL1Config(**goal),
@@ -209,13 +203,12 @@ def compare(
 
     first, *others = originals
 
-    def best(side: str, names: Iterable[str], losses: Iterable[str]) -> tuple[str, str, str]:
-        entries = [(side, name, loss) for name in names for loss in losses]
+    def best(entries: list[tuple[str, str, str]]) -> tuple[str, str, str]:
         return max(entries, key=lambda entry: run(*entry, first)["validation"])
 
-    _, criterion, rate = best("rarefy", criteria, ("teacher", "teacher, lr .02"))
-    mine = best("rarefy", [criterion], (rate, rate.replace("teacher", "teacher .9")))
-    other = best("torch-pruning", THEIRS, ("labels", "labels, lr .02"))
+    criterion = best([("rarefy", name, "teacher") for name in criteria])[1]
+    mine = best([("rarefy", criterion, loss) for loss in LOSSES if loss != "labels"])
+    other = best([("torch-pruning", kind, "labels") for kind in THEIRS])
     for seed in others:
         for entry in (mine, other):
             run(*entry, seed)
