@@ -1,4 +1,4 @@
-"""Results by name in a file, so that a call goes on where the last one stopped, and words for several."""
+"""What benchmarks keep, so that a call goes on where the last one stopped: results by name, and trained models."""
 
 from __future__ import annotations
 
@@ -23,6 +23,20 @@ class Runs:
             self.path.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
             print(f"{key}: {self.done[key]}", flush=True)
         return self.done[key]
+
+
+def trained_once(model: Any, file: Path | None, train: Callable[[], Any]) -> Any:
+    """Return a model in evaluation mode, with the weights of a file when it is there, else trained and kept in it."""
+    from safetensors.torch import load_file, save_file
+
+    if file and file.exists():
+        model.load_state_dict(load_file(file))
+        return model.eval()
+    train()
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), file)
+    return model.eval()
 
 
 def spread(percentages: list[float]) -> str:

@@ -30,10 +30,9 @@ from rarefy.training import fit
 from rarefy_distillation.config import LogitsConfig
 from rarefy_pruning.channels import config as channels
 from rarefy_schemas import Finetune
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.runs import Runs
+from benchmarks.runs import Runs, trained_once
 
 RESULTS = Path(__file__).parent.parent / "results" / "pruning-accuracy.json"
 TRAIN = Finetune(epochs=4, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, batch_size=128)
@@ -97,14 +96,7 @@ def trained(task: Any, network: str, seed: int, folder: Path | None) -> nn.Modul
     torch.manual_seed(seed)
     model = NETWORKS[network](in_channels=1, shortcut="project")
     file = folder and folder / f"{network}-{seed}.safetensors"
-    if file and file.exists():
-        model.load_state_dict(load_file(file))
-        return model.eval()
-    fit(model, model, task, TRAIN, seed=seed)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), file)
-    return model.eval()
+    return trained_once(model, file, lambda: fit(model, model, task, TRAIN, seed=seed))
 
 
 def measured(

@@ -21,10 +21,9 @@ from rarefy import zoo
 from rarefy.tasks import data
 from rarefy.training import fit
 from rarefy_schemas import Finetune
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.runs import Runs, spread
+from benchmarks.runs import Runs, spread, trained_once
 
 RESULTS = Path(__file__).parent.parent / "results" / "quantization-low-bit.json"
 TASKS = {"mnist": data.mnist, "fashion-mnist": data.fashion_mnist}
@@ -49,14 +48,7 @@ def original(given: argparse.Namespace, task: Any, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = zoo.lenet5()
     file = given.weights and given.weights / f"{given.task}-lenet5-{seed}.safetensors"
-    if file and file.exists():
-        model.load_state_dict(load_file(file))
-        return model.eval()
-    fit(model, model, task, TRAIN, seed=seed)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), file)
-    return model.eval()
+    return trained_once(model, file, lambda: fit(model, model, task, TRAIN, seed=seed))
 
 
 def measured(model: nn.Module, task: Any, method: dict[str, Any], seed: int) -> dict[str, Any]:
