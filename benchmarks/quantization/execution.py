@@ -65,7 +65,7 @@ NETWORKS: dict[str, tuple[Network, Sequence[str]]] = {
         ("int8", "int8, weights by gptq", "int8, weights by gptq, stem in float32"),
     ),
     "crepe-tiny": (networks.crepe_tiny, ("int8",)),
-    "minilm": (networks.minilm, ("int8", "int4", "int4, weights by gptq")),
+    "minilm": (networks.minilm, ("int8", "int8, weights by gptq", "int4", "int4, weights by gptq")),
 }
 """Each with the files that are written of it."""
 
