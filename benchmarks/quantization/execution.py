@@ -148,8 +148,7 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         "ONNX files in ONNX Runtime on one thread: weights in 8 bits with a scale per output, activations in 8 bits "
         "with a range per tensor. Times are medians (quartiles) of pairs in one process. The score of ResNet-20 is "
         "accuracy on Fashion-MNIST; of EfficientNet-Lite0 agreement with float32 on crops of photos that calibration "
-        "never saw; of CREPE the share of made-up tones told within 50 cents; of MiniLM Spearman's rho on WordSim353. "
-        "The machine was shared and busy, which the quartiles show.",
+        "never saw; of CREPE the share of made-up tones told within 50 cents; of MiniLM Spearman's rho on WordSim353.",
         "",
         f"| network | file | validation | test | bytes | smaller | {' | '.join(speeds)} |",
         "|---" * (6 + len(speeds)) + "|",
