@@ -27,10 +27,11 @@ from benchmarks.runs import Runs, spread, trained_once
 
 RESULTS = Path(__file__).parent.parent / "results" / "quantization-low-bit.json"
 TASKS = {"mnist": data.mnist, "fashion-mnist": data.fashion_mnist}
-TRAIN = Finetune(epochs=12, lr=0.001, weight_decay=0.0001, batch_size=128)
-TUNE = {"epochs": 12, "lr": 0.001, "batch_size": 128}
+TRAIN = Finetune(epochs=12, lr=0.001, weight_decay=0.0001, batch_size=128, memory_format="channels_last")
+TUNE: dict[str, Any] = {"epochs": 12, "lr": 0.001, "batch_size": 128, "memory_format": "channels_last"}
 METHODS: dict[str, dict[str, Any]] = {
     "binary, BWN": {"technique": "quantization/binary", "method": "bwn", "keep_ends": False},
+    "2 bits, learned steps": {"technique": "quantization/uniform", "bits": 2, "range": "mse"},
     "binary, loss-aware": {"technique": "quantization/binary", "method": "loss-aware", "keep_ends": False},
     "ternary, TWN": {"technique": "quantization/ternary", "method": "twn", "keep_ends": False},
     "ternary, TTQ": {
@@ -39,7 +40,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "keep_ends": False,
         "finetune": {**TUNE, "lr": 0.01},
     },
-    "2 bits, learned steps": {"technique": "quantization/uniform", "bits": 2, "range": "mse"},
 }
 
 
