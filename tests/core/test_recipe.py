@@ -121,6 +121,19 @@ def test_the_order_is_checked_when_a_recipe_is_loaded(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, text))
 
 
+def test_what_has_one_name_may_be_written_as_it() -> None:
+    steps = [{"technique": "quantization/kmeans"}]
+    short = load_recipe({"model": "zoo:mlp", "task": "data:digits", "steps": steps, "export": ["onnx", "rarefy"]})
+    assert (short.model and short.model.source, short.task and short.task.source) == ("zoo:mlp", "data:digits")
+    assert [export.registered_name() for export in short.export] == ["onnx", "rarefy"]
+    assert load_recipe(dump_recipe(short)) == short
+    with pytest.raises(RecipeError, match=r"export\.0\.format: 'onx' is not installed. Did you mean 'onnx'"):
+        load_recipe({"steps": steps, "export": ["onx"]})
+    schema = json_schema()["properties"]
+    assert {"type": "string"} in schema["export"]["items"]["anyOf"]
+    assert all({"type": "string"} in schema[name]["anyOf"] for name in ("model", "task"))
+
+
 def test_the_json_schema_knows_every_technique_and_describes_every_option() -> None:
     schema = json_schema()
     step = schema["properties"]["steps"]["items"]

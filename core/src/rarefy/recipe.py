@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args
 
-from pydantic import Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from rarefy_schemas import ExporterConfig, Finetune, Noun, Recipe, Schema, TaskLoss, TechniqueConfig
@@ -30,13 +30,14 @@ def _recipe_type(registry: Registry) -> type[Recipe]:
     finetune = create_model("Finetune", __base__=Finetune, objective=(objective, Field(default=TaskLoss())))
     techniques = [_with_finetune(config, finetune) for config in registry.techniques.values()]
     step = _one_of(techniques) if techniques else TechniqueConfig
-    export = _one_of(registry.exporters.values()) if registry.exporters else ExporterConfig
+    formats = _one_of(registry.exporters.values()) if registry.exporters else ExporterConfig
+    export: Any = Annotated[formats, BeforeValidator(_from_name, json_schema_input_type=str | formats)]
     return create_model(
         "Recipe",
         __base__=Recipe,
         train_first=(finetune | None, _field(Recipe, "train_first")),
         steps=(tuple[step, ...], _field(Recipe, "steps")),  # type: ignore[valid-type]
-        export=(tuple[export, ...], _field(Recipe, "export")),  # type: ignore[valid-type]
+        export=(tuple[export, ...], _field(Recipe, "export")),
     )
 
 
@@ -197,6 +198,10 @@ def _enter(node: Any, part: str, path: str, text: str) -> Any:
             return node[int(part)]
         raise RecipeError(f"--set {text}: {path}: write an index from 0 to {len(node) - 1}")
     raise RecipeError(f"--set {text}: {path} has no parts to set")
+
+
+def _from_name(value: Any) -> Any:
+    return {"format": value} if isinstance(value, str) else value
 
 
 def _one_of(configs: Iterable[type[Noun]]) -> Any:

@@ -64,7 +64,7 @@ class ModelReference(Schema):
     """A `.safetensors` file, or a `.pt`/`.pth` file that holds only tensors."""
 
 
-NamedModel = Annotated[ModelReference, BeforeValidator(_from_string)]
+NamedModel = Annotated[ModelReference, BeforeValidator(_from_string, json_schema_input_type=str | ModelReference)]
 """A model reference that may be written as its `source` alone."""
 
 
@@ -75,6 +75,10 @@ class TaskReference(Schema):
     """`scheme:name` of a registered source, `package.module:callable`, or `./file.py:callable`."""
     options: dict[str, Json] = {}
     """Keyword arguments of the callable."""
+
+
+NamedTask = Annotated[TaskReference, BeforeValidator(_from_string, json_schema_input_type=str | TaskReference)]
+"""A task reference that may be written as its `source` alone."""
 
 
 class Evaluate(Schema):
@@ -110,7 +114,7 @@ class Recipe(Schema):
     """Torch device that computes."""
     model: NamedModel | None = None
     """The network to compress; absent when the Python API is given one."""
-    task: Annotated[TaskReference, BeforeValidator(_from_string)] | None = None
+    task: NamedTask | None = None
     """Data, loss and metric; absent when the Python API is given one."""
     train_first: Finetune | None = None
     """Trains the model before anything is compressed, for references that come without weights."""
@@ -118,7 +122,7 @@ class Recipe(Schema):
     """Techniques in the order in which they are applied."""
     evaluate: Evaluate = Evaluate()
     export: tuple[SerializeAsAny[ExporterConfig], ...] = ()
-    """Formats to write; the `.rarefy` artifact when empty."""
+    """Formats to write, by name or with options; the `.rarefy` artifact when empty."""
     budgets: Budgets = Budgets()
 
 
