@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.set_defaults(seed=0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(RESULTS)

@@ -21,9 +21,9 @@ from benchmarks.pruning.accuracy import trained
 
 
 def resnet20(chosen: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """Return ResNet-20 trained on Fashion-MNIST."""
+    """Return ResNet-20 trained on Fashion-MNIST with a seed."""
     task = fashion_mnist(chosen.data)
-    return trained(task, "resnet20", getattr(chosen, "seed", 0), chosen.weights), task
+    return trained(task, "resnet20", chosen.seed, chosen.weights), task
 
 
 def efficientnet_lite0(chosen: argparse.Namespace) -> tuple[nn.Module, Any]:

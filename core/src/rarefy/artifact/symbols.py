@@ -150,8 +150,10 @@ def _read_sides(data: bytes | bytearray, usual: Bits, count: int) -> Bits:
     end = at + -(-count // 8)
     if end > len(data) or data[end : end + 1] == bytes([SPARSE]):
         raise ArtifactError("the sides of the numbers are cut off")
+    if least >= 256**usual.itemsize:
+        raise ArtifactError(f"the least distance leads beyond numbers of {usual.itemsize} bytes")
     above = np.unpackbits(np.frombuffer(data[at:end], np.uint8), count=count).astype(bool)
-    distances = read_section(data[end:], usual.itemsize, count).astype(np.int64) + min(least, 1 << 32)
+    distances = read_section(data[end:], usual.itemsize, count).astype(np.int64) + least
     numbers = int(usual[0]) + np.where(above, distances, -distances)
     if count and not 0 <= int(numbers.min()) <= int(numbers.max()) < 256**usual.itemsize:
         raise ArtifactError(f"a distance leads beyond numbers of {usual.itemsize} bytes")
