@@ -169,7 +169,8 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    # a shell calls both 130: CPython ends by the signal itself when it came inside of `exec`, as in imports
+    assert process.returncode in (130, -signal.SIGINT)
     assert "--resume" in err
     assert not list(tmp_path.rglob("*.tmp*"))
 
