@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from rarefy import zoo
-from rarefy.errors import RarefyError, StageError
+from rarefy.errors import RarefyError, RecipeError, StageError
 from rarefy.measure import Latency
 from rarefy.recipe import load_recipe
 from rarefy.tasks import ClassificationTask
 from rarefy_quantization.config import UniformConfig
+from rarefy_quantization.execution import mixed
 from rarefy_quantization.execution.comparison import in_words
 from rarefy_quantization.execution.config import OnnxInt8Format
 from torch import nn
 
-from .conftest import quantized, random_task, written
+from .conftest import Written, quantized, random_task, written
 
 QUICK = OnnxInt8Format(rounds=3, batches=2, max_error=10)
 
@@ -183,6 +184,89 @@ def test_products_of_two_activations_stay_in_float_and_are_named(tmp_path: Path)
     assert "none is constant" in " ".join(file.report.notes)
     assert len(file.weights()) == 2
     assert file.value("output_error") < 0.1
+
+
+class Normed(nn.Module):
+    """A residual sum behind a layer norm, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.one(x))
+        return self.two(x) + x
+
+
+def test_sums_of_floats_are_not_rounded(tmp_path: Path) -> None:
+    file = written(Normed(), random_task(8, outputs=8), QUICK, tmp_path)
+    (add,) = [node for node in file.file.graph.node if node.op_type == "Add"]
+    (norm,) = [node for node in file.file.graph.node if node.op_type == "LayerNormalization"]
+    assert norm.output[0] in add.input
+    assert len(file.weights()) == 2
+
+
+def test_outputs_that_layers_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Both(nn.Module):
+        def __init__(self, *first: nn.Module) -> None:
+            super().__init__()
+            self.first, self.second = nn.Sequential(*first), nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = self.first(x)
+            return self.second(x.flatten(1)), x
+
+    task = random_task(2, 8, 8)
+    monkeypatch.setattr(ClassificationTask, "score", lambda *_: float("nan"))
+    for first in ((nn.Conv2d(2, 4, 5),), (nn.Conv2d(2, 4, 5), nn.Tanh())):
+        file = written(Both(*first), task, QUICK, tmp_path / str(len(first)))
+        assert len(file.weights()) == 2
+        assert file.value("output_error") < 0.1
+
+
+class TestTarget:
+    """Layers in float32 under a budget; the first of them loses most when it is rounded."""
+
+    def model(self) -> nn.Module:
+        layers = (nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 4))
+        model = nn.Sequential(nn.Flatten(), *(module for layer in layers for module in (layer, nn.ReLU()))).eval()
+        with torch.no_grad():
+            model[3].weight[:, 0] *= 500  # with it the other weights of a row round to zero
+            model[1].weight[0] *= 1e-3
+        return model
+
+    def written(self, folder: Path, **target: Any) -> Written:
+        task = random_task(1, 8, 8)
+        return written(self.model(), task, OnnxInt8Format(rounds=3, batches=2, max_error=10, target=target), folder)
+
+    def test_bytes_go_to_the_layer_that_suffers(self, tmp_path: Path) -> None:
+        plain = written(self.model(), random_task(1, 8, 8), QUICK, tmp_path / "plain")
+        file = self.written(tmp_path / "target", measure="bytes", most=0.7)
+        assert "the most needed first: 3, 7; 2 run on integers" in " ".join(file.report.notes)
+        assert len(file.weights()) == 2
+        assert file.value("output_error") < plain.value("output_error") / 2
+        assert 1 / file.value("float32_rate") <= 0.7
+
+    def test_less_than_all_integers_take(self, tmp_path: Path) -> None:
+        with pytest.raises(StageError, match=r"every layer on integers the file takes .* `target` allows 5%"):
+            self.written(tmp_path, measure="bytes", most=0.05)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_time_is_measured(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shares = iter([0.3, 0.5, 0.7])
+        monkeypatch.setattr(
+            mixed, "latency", lambda *_: Latency(1 / next(shares), 1, 1, (1, 1, 1), 1)
+        )  # none, two of four, three of four
+        file = self.written(tmp_path, most=0.6)
+        words = " ".join(file.report.notes)
+        assert "the file takes 50% of the float32 file's latency" in words
+        assert len(file.weights()) == 2
+
+    def test_values_that_make_no_sense(self) -> None:
+        with pytest.raises(RecipeError, match="most"):
+            load_recipe({"export": [{"format": "onnx-int8", "target": {"most": 1.5}}], "steps": []})
+        with pytest.raises(RecipeError, match=r"'latency' or 'bytes'"):
+            load_recipe({"export": [{"format": "onnx-int8", "target": {"measure": "flops", "most": 1}}], "steps": []})
 
 
 @pytest.mark.parametrize("way", ["min-max", "percentile", "mse", "entropy"])

@@ -28,10 +28,10 @@ def activation_grids(
 
     Raises `StageError` when there are no batches or a value is NaN or infinite.
     """
-    watched = OnnxModel(_watched(graph, tensors))
+    file = OnnxModel(watched(graph, tensors))
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in tensors}
     for batch in track(batches, "calibrating", config.batches):
-        for name, values in zip(tensors, watched(*batch)[-len(tensors) :], strict=True):
+        for name, values in zip(tensors, file(*batch)[-len(tensors) :], strict=True):
             kept[name].append(_sample(name, values.flatten(), SAMPLE // config.batches))
     if not any(kept.values()):
         raise StageError(
@@ -49,7 +49,7 @@ def _sample(name: str, values: torch.Tensor, most: int) -> torch.Tensor:
     return torch.cat([ends, values[:: -(-len(values) // max(1, most))]])
 
 
-def _watched(graph: Graph, tensors: list[str]) -> bytes:
+def watched(graph: Graph, tensors: list[str]) -> bytes:
     """Return the model with copies of `tensors` as its last outputs."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.finished())

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from rarefy_schemas import ExporterConfig
+from rarefy_schemas.base import Schema
 
 
 class QuantizedOnnxFormat(ExporterConfig):
@@ -24,6 +25,20 @@ class QuantizedOnnxFormat(ExporterConfig):
     """Interleaved timings of this file and the float32 file."""
     batch_size: int = Field(default=1, ge=1)
     """Samples per forward pass of the timings."""
+
+
+class FloatTarget(Schema):
+    """Time or bytes that a file may take; what integers leave of it goes to layers in float32.
+
+    Those stay in float32 that move the outputs most, for what they cost, when they alone are quantized.
+    """
+
+    measure: Literal["latency", "bytes"] = "latency"
+    """What `most` counts: the time of a forward pass of `batch_size` samples, measured on this machine, or bytes."""
+    most: float = Field(gt=0, le=1)
+    """What the file may take, as a share of what the float32 file takes."""
+    batches: int = Field(default=2, ge=1)
+    """Calibration batches on which the outputs are compared, layer by layer."""
 
 
 class OnnxInt8Format(QuantizedOnnxFormat):
@@ -47,6 +62,9 @@ class OnnxInt8Format(QuantizedOnnxFormat):
     """Number of calibration batches."""
     calibration_batch_size: int | None = Field(default=None, ge=1)
     """Samples per calibration batch; the task's own number when absent."""
+    target: FloatTarget | None = None
+    """Keep the layers that suffer most in float32, as many as these bytes or this time allow, beside those that
+    `exclude` names; without it only these."""
 
 
 class OnnxInt4Format(QuantizedOnnxFormat):

@@ -20,6 +20,8 @@ from rarefy_quantization.execution.config import QuantizedOnnxFormat
 from rarefy_quantization.execution.verdict import Verdict
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from rarefy_quantization.execution.graph import Graph
 
 ConfigT = TypeVar("ConfigT", bound=QuantizedOnnxFormat)
@@ -37,16 +39,28 @@ class QuantizedOnnxExporter(Exporter[ConfigT]):
     def write(self, model: nn.Module, base: Base, task: Task, path: Path) -> None:
         """Write the quantized file; raise `RarefyError` when the extra is absent, `StageError` when nothing fits."""
         (onnx,) = require("onnx")
-        from rarefy_quantization.execution.embeddings import quantize_embeddings_
+        self.float32 = self._float_file(model, base, task)
+        graph = self.graph()
+        self.quantize_(graph, model, task)
+        onnx.save(self.finished(graph), path)
+        if self._tables:
+            self.notes.append(f"{self._tables} tables of embeddings have 8 bits")
+        self._bytes = path.stat().st_size
+
+    def graph(self) -> Graph:
+        """Return the graph of the float32 file, fresh."""
+        import onnx
+
         from rarefy_quantization.execution.graph import Graph
 
-        self._float32 = self._float_file(model, base, task)
-        graph = Graph(onnx.load_model_from_string(self._float32))
-        self.quantize_(graph, model, task)
-        if tables := quantize_embeddings_(graph, self.config.exclude):
-            self.notes.append(f"{tables} tables of embeddings have 8 bits")
-        onnx.save(graph.finished(), path)
-        self._bytes = path.stat().st_size
+        return Graph(onnx.load_model_from_string(self.float32))
+
+    def finished(self, graph: Graph) -> ModelProto:
+        """Return the model of a changed graph, its tables of embeddings in 8 bits."""
+        from rarefy_quantization.execution.embeddings import quantize_embeddings_
+
+        self._tables = quantize_embeddings_(graph, self.config.exclude)
+        return graph.finished()
 
     def reopen(self, path: Path, base: Base) -> OnnxModel:
         """Open a session of ONNX Runtime on the CPU."""
@@ -56,7 +70,7 @@ class QuantizedOnnxExporter(Exporter[ConfigT]):
         """Return error and metric of the file just written, and its bytes and time beside the float32 file's."""
         verdict = Verdict(self.config, model, task)
         found = [*verdict.error(reopened), *verdict.scores(reopened)]
-        found += verdict.cost(reopened, self._bytes, self._float32)
+        found += verdict.cost(reopened, self._bytes, self.float32)
         self.notes += verdict.notes
         return found
 

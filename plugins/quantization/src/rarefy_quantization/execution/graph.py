@@ -54,9 +54,9 @@ class Graph:
         self.constants[name] = value
         return name
 
-    def rename(self, old: str, new: str) -> None:
-        """Let whoever reads `old` read `new`."""
-        for node in self.nodes:
+    def rename(self, old: str, new: str, nodes: Sequence[NodeProto]) -> None:
+        """Let those of `nodes` that read `old` read `new`."""
+        for node in nodes:
             for place, name in enumerate(node.input):
                 if name == old:
                     node.input[place] = new

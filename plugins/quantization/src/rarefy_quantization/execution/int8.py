@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rarefy.task import Task
@@ -11,8 +12,12 @@ from rarefy_quantization.execution.config import OnnxInt8Format
 from rarefy_quantization.execution.exporter import QuantizedOnnxExporter
 
 if TYPE_CHECKING:
+    import onnx
+
     from rarefy_quantization.execution.codes import RowCodes
     from rarefy_quantization.execution.graph import Graph, Kernel
+
+OPERATORS = ("Conv", "Gemm", "MatMul")
 
 
 class OnnxInt8Exporter(QuantizedOnnxExporter[OnnxInt8Format]):
@@ -22,29 +27,62 @@ class OnnxInt8Exporter(QuantizedOnnxExporter[OnnxInt8Format]):
 
     def quantize_(self, graph: Graph, model: nn.Module, task: Task) -> None:
         """Calibrate the activations, and let the kernels read integers."""
+        from rarefy_quantization.execution.mixed import layers_in_float, patterns
+
+        integers = _Integers(graph, model, task, self.config)
+        self.notes += integers.notes
+        kept: list[str] = []
+        if self.config.target is not None:
+
+            def build(exclude: Sequence[str]) -> onnx.ModelProto:
+                other = self.graph()
+                _prepare_(other)
+                integers.apply_(other, exclude)
+                return self.finished(other)
+
+            kept, words = layers_in_float(self.float32, graph, integers.kernels, build, task, self.config)
+            self.notes.append(words)
+        integers.apply_(graph, patterns(kept))
+
+
+class _Integers:
+    """The codes of all layers and the grids of all tensors that may become integers."""
+
+    def __init__(self, graph: Graph, model: nn.Module, task: Task, config: OnnxInt8Format) -> None:
         from rarefy_quantization.execution.activations import activation_grids
         from rarefy_quantization.execution.graph import find_kernels
-        from rarefy_quantization.execution.qdq import drop_clamps_, quantize_tensors_, quantize_weight_
-        from rarefy_quantization.execution.regions import (
-            normalize_by_convolution_,
-            pool_globally_,
-            quantized_tensors,
-        )
+        from rarefy_quantization.execution.regions import quantized_tensors
 
-        pool_globally_(graph)
-        normalize_by_convolution_(graph)
-        kernels, left = find_kernels(graph, ("Conv", "Gemm", "MatMul"), self.config.exclude)
-        tensors = quantized_tensors(graph, kernels)
-        batches = task.calibration(self.config.calibration_batch_size, self.config.batches)
-        owned = activation_grids(graph, sorted(set(tensors.values())), batches, self.config)
-        grids = {tensor: owned[owner] for tensor, owner in tensors.items()}
-        codes = {kernel.node.input[1]: _codes(kernel, model) for kernel in kernels}
-        self.notes += [*_words(codes), *left]
+        _prepare_(graph)
+        self._exclude = config.exclude
+        self.kernels, left = find_kernels(graph, OPERATORS, self._exclude)
+        tensors = quantized_tensors(graph, self.kernels)
+        batches = task.calibration(config.calibration_batch_size, config.batches)
+        owned = activation_grids(graph, sorted(set(tensors.values())), batches, config)
+        self._grids = {tensor: owned[owner] for tensor, owner in tensors.items()}
+        self._codes = {kernel.node.input[1]: _codes(kernel, model) for kernel in self.kernels}
+        self.notes = [*_words(self._codes), *left]
+
+    def apply_(self, graph: Graph, exclude: Sequence[str] = ()) -> None:
+        """Let the layers of a prepared graph read integers, but for those that match the patterns of `exclude`."""
+        from rarefy_quantization.execution.graph import find_kernels
+        from rarefy_quantization.execution.qdq import drop_clamps_, quantize_tensors_, quantize_weight_
+        from rarefy_quantization.execution.regions import quantized_tensors
+
+        kernels, _ = find_kernels(graph, OPERATORS, (*self._exclude, *exclude))
+        grids = {tensor: self._grids[tensor] for tensor in quantized_tensors(graph, kernels)}
         steps = {kernel.node.output[0]: grids[kernel.data].step.item() for kernel in kernels}
         for kernel in kernels:
-            quantize_weight_(graph, kernel, codes[kernel.node.input[1]], steps[kernel.node.output[0]])
+            quantize_weight_(graph, kernel, self._codes[kernel.node.input[1]], steps[kernel.node.output[0]])
         drop_clamps_(graph, grids)
         quantize_tensors_(graph, grids)
+
+
+def _prepare_(graph: Graph) -> None:
+    from rarefy_quantization.execution.regions import normalize_by_convolution_, pool_globally_
+
+    pool_globally_(graph)
+    normalize_by_convolution_(graph)
 
 
 def _codes(kernel: Kernel, model: nn.Module) -> RowCodes:

@@ -9,11 +9,13 @@ from onnx import NodeProto, helper
 
 from rarefy_quantization.execution.codes import RowCodes
 from rarefy_quantization.execution.graph import Array, Graph, Kernel, attributes
-from rarefy_quantization.execution.regions import CLAMPS, bounds
+from rarefy_quantization.execution.regions import CLAMPS, JOINING, PASSING, bounds, operands
 from rarefy_quantization.grids import Grid
 
 ROUNDED = ("Conv", "ConvTranspose", "Gemm")
 """Operators whose weights ONNX Runtime rounds by itself when what they read is quantized."""
+WEIGHT = "/wd"
+"""End of the name of a weight that was given as integers."""
 LARGEST_BIAS = 2**30
 """Largest integer of a bias: the kernel adds it to a sum in 32 bits."""
 ZERO_ROW_BITS = 20
@@ -49,11 +51,16 @@ def quantize_weight_(graph: Graph, kernel: Kernel, codes: RowCodes, data_scale: 
 
 
 def quantize_tensors_(graph: Graph, grids: Mapping[str, Grid]) -> None:
-    """Let whoever reads a tensor of `grids` read its nearest 8-bit values."""
+    """Let whoever computes with integers read the nearest 8-bit values of the tensors of `grids`.
+
+    So do others where the tensor comes from an integer kernel. What comes as floats they read as it is.
+    """
     nodes = []
     pairs = {name: _pair(graph, name, grid) for name, grid in grids.items()}
+    integers = _on_integers(graph, grids)
+    made = {name for node in integers for name in node.output}
     for name, pair in pairs.items():
-        graph.rename(name, f"{name}/d")
+        graph.rename(name, f"{name}/d", graph.nodes if name in made else integers)
         pair += _spared(graph, name, grids[name])
     for name in graph.inputs:
         nodes += pairs.get(name, [])
@@ -62,11 +69,23 @@ def quantize_tensors_(graph: Graph, grids: Mapping[str, Grid]) -> None:
         for place, name in enumerate(node.output):
             if name in pairs:
                 nodes += pairs[name]
-                if name in graph.outputs:  # the outputs of the file keep their names
-                    node.output[place] = f"{name}/f"
-                    pairs[name][0].input[0] = f"{name}/f"
+                if name in graph.outputs and name in made:  # the outputs of the file keep their names
+                    node.output[place] = pairs[name][0].input[0] = f"{name}/f"
                     pairs[name][1].output[0] = name
+                    graph.rename(f"{name}/d", name, graph.nodes)
     graph.nodes = nodes
+
+
+def _on_integers(graph: Graph, grids: Mapping[str, Grid]) -> list[NodeProto]:
+    """Return the nodes that ONNX Runtime has integer kernels for, as their weights, or what they read and give, are."""
+    found: list[NodeProto] = []
+    made: set[str] = set()
+    for node in graph.nodes:
+        joined = node.op_type in PASSING + JOINING and node.output[0] in grids
+        if (node.input[1:2] and node.input[1].endswith(WEIGHT)) or (joined and {*operands(node)} <= {*grids, *made}):
+            found.append(node)
+            made.update(node.output)
+    return found
 
 
 def _pair(graph: Graph, name: str, grid: Grid) -> list[NodeProto]:

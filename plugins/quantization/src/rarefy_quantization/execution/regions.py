@@ -56,7 +56,7 @@ def quantized_tensors(graph: Graph, kernels: list[Kernel]) -> dict[str, str]:
     wanted |= {_clamped(graph, kernel.node.output[0]) for kernel in kernels if kernel.node.op_type == "Conv"}
     leading = _leading(graph, wanted)
     for node in graph.nodes:
-        tensors = _tensors(graph, node)
+        tensors = operands(node)
         if node.op_type in PASSING + JOINING and node.output[0] in leading and wanted.issuperset(tensors):
             wanted.add(_clamped(graph, node.output[0]))
     makers = graph.makers()
@@ -71,7 +71,7 @@ def quantized_tensors(graph: Graph, kernels: list[Kernel]) -> dict[str, str]:
     return {tensor: owner(tensor) for tensor in wanted}
 
 
-def _tensors(graph: Graph, node: NodeProto) -> list[str]:
+def operands(node: NodeProto) -> list[str]:
     """Return what an operator computes with, and not by what parameters."""
     if node.op_type in ("Add", "Mul", "Concat"):
         return list(node.input)
@@ -83,7 +83,7 @@ def _leading(graph: Graph, wanted: set[str]) -> set[str]:
     found = set(wanted)
     for node in reversed(graph.nodes):
         if node.op_type in PASSING + JOINING and node.output[0] in found:
-            found.update(_tensors(graph, node))
+            found.update(operands(node))
     return found
 
 
