@@ -39,7 +39,7 @@ def efficientnet_lite0(chosen: argparse.Namespace) -> tuple[nn.Module, Any]:
     model = timm.create_model("efficientnet_lite0").eval()
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
     pictures, generator = _photos(), torch.Generator().manual_seed(0)
-    parts = [_crops(pictures[a:b], n, generator) for a, b, n in ((0, 10, 128), (10, 15, 200), (15, 20, 200))]
+    parts = [_crops(pictures[a:b], n, generator) for a, b, n in ((0, 10, 128), (10, 15, 200), (15, 20, 1000))]
     with torch.no_grad():
         train, validation, test = ((x, torch.cat([model(y).argmax(1) for y in x.split(16)])) for x in parts)
     return model, ClassificationTask.from_arrays(*train, validation=validation, test=test, batch_size=16)

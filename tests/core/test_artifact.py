@@ -84,6 +84,8 @@ def test_a_loaded_model_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     loaded = rarefy.load(write(model, tmp_path / "m.rarefy"))
     assert same_state(model, loaded)
     assert not loaded.training
+    # on memory that starts elsewhere than torch's own, some kernels round otherwise
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.state_dict().values())
     x = torch.randn(3, 4)
     assert torch.equal(model.eval()(x), loaded(x))
     loaded(x).sum().backward()

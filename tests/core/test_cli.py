@@ -58,8 +58,10 @@ def test_a_run_and_everything_that_looks_at_it(rarefy: Any) -> None:
     assert json.loads(out)["max_difference"] == 0
     assert list(Path("other").iterdir())
 
-    code, out, err = rarefy("--quiet", "run", "r.yaml", "--set", "steps.0.amount=0.8", "--set", "budgets.bytes=10")
+    changes = ["steps.0.amount=0.8", "budgets.bytes=10", "export=[rarefy, safetensors]"]
+    code, out, err = rarefy("--quiet", "run", "r.yaml", *(part for change in changes for part in ("--set", change)))
     assert code == 3
+    assert "this file is not smaller than the original's float32 file" in out.splitlines()[-1]
     assert "budget missed: bytes is" in err
     code, out, _ = rarefy("compare", "runs/cli", "runs/cli-2", "--html", "both.html", "--json")
     assert len(json.loads(out)) == 2

@@ -10,6 +10,9 @@ from rarefy.modules.construction import find, set_tensor, tensor_of, tie
 from rarefy.modules.kinds import kind_of
 from rarefy.modules.skeleton import state
 
+ALIGNMENT = 64
+"""Bytes at whose multiples torch's own tensors start on a CPU. On others some kernels are slower and round otherwise."""
+
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return all parameters and buffers by name, each once, non-persistent buffers included."""
@@ -33,6 +36,8 @@ def fill(model: nn.Module, tensors: dict[str, torch.Tensor], ties: dict[str, str
                 f"tensor {name!r} has the shape {tuple(tensor.shape)} in the file and {tuple(old.shape)} in the base; "
                 "give the base that the file was written with"
             )
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor = tensor.clone()
         if isinstance(old, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
         set_tensor(owner, leaf, tensor, name)

@@ -102,9 +102,13 @@ def _run(recipe: Recipe, output: Path, resume: bool, as_json: bool) -> None:
             print_json(result.report.model_dump(mode="json") | {"directory": str(output)})
         else:
             console(result.report)
-            click.echo(f"\nreport    {output / 'report.html'}")
+            width = max(len(name) for name in ("report", *(export.format for export in result.report.exports)))
+            click.echo(f"\n{'report':{width}}  {output / 'report.html'}")
             for export in result.report.exports:
-                click.echo(f"{export.format:9} {output / 'exports' / Path(export.path).name}  {export.bytes:,} bytes")
+                place = output / "exports" / Path(export.path).name
+                click.echo(f"{export.format:{width}}  {place}  {export.bytes:,} bytes")
+                for note in export.notes:
+                    click.echo(f"{'':{width}}  {note}")
     if result.missed:
         for budget in result.missed:
             click.echo(f"budget missed: {budget.name} is {budget.value:g}, the limit is {budget.limit:g}", err=True)
