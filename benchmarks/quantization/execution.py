@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rarefy.environment import environment
 from rarefy.exporters.config import OnnxFormat
 from rarefy.exporters.onnx import OnnxExporter, OnnxModel
 from rarefy.measure import latency
 from rarefy.modules import as_base
 from rarefy.nouns import implement
 from rarefy.recipe import load_recipe
+from rarefy.registry import get
 from torch import nn
 from torch.utils._pytree import tree_structure
 
@@ -128,7 +130,7 @@ def compared(model: nn.Module, task: Any, ours: Sequence[str], folder: Path) -> 
         our_file(model, task, name, paths[name])
     structure = tree_structure(model(*task.example_inputs(1)))
     files = {name: OnnxModel(path, structure) for name, path in paths.items()}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"machine": environment(get())}
     for name, file in files.items():
         found[name] = {split: task.score(file, split) for split in ("validation", "test")}
         found[name]["bytes"] = paths[name].stat().st_size
@@ -170,7 +172,8 @@ def section(results: dict[str, dict[str, Any]]) -> str:
                 f"| {network} | {name} | {file['validation']:.2%} | {file['test']:.2%} | {file['bytes']:,} | "
                 f"{files[FLOAT]['bytes'] / file['bytes']:.2f}x | {' | '.join(times)} |"
             )
-    return "\n".join([*lines, ""])
+    machines = {f"{network} on {files['machine']['processor']}" for network, files in results.items()}
+    return "\n".join([*lines, "", f"Timed: {', '.join(sorted(machines))}.", ""])
 
 
 def _words(speed: list[float] | None) -> str:

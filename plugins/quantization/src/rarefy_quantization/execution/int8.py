@@ -32,7 +32,8 @@ class OnnxInt8Exporter(QuantizedOnnxExporter[OnnxInt8Format]):
         integers = _Integers(graph, model, task, self.config)
         self.notes += integers.notes
         kept: list[str] = []
-        if self.config.target is not None:
+        target = self.config.target
+        if target is not None:
 
             def build(exclude: Sequence[str]) -> onnx.ModelProto:
                 other = self.graph()
@@ -40,7 +41,7 @@ class OnnxInt8Exporter(QuantizedOnnxExporter[OnnxInt8Format]):
                 integers.apply_(other, exclude)
                 return self.finished(other)
 
-            kept, words = layers_in_float(self.float32, graph, integers.kernels, build, task, self.config)
+            kept, words = layers_in_float(self.float32, graph, integers.kernels, build, task, self.config, target)
             self.notes.append(words)
         integers.apply_(graph, patterns(kept))
 

@@ -25,17 +25,21 @@ Build = Callable[[Sequence[str]], onnx.ModelProto]
 
 
 def layers_in_float(
-    float32: bytes, graph: Graph, kernels: Sequence[Kernel], build: Build, task: Task, config: OnnxInt8Format
+    float32: bytes,
+    graph: Graph,
+    kernels: Sequence[Kernel],
+    build: Build,
+    task: Task,
+    config: OnnxInt8Format,
+    target: FloatTarget,
 ) -> tuple[list[str], str]:
-    """Return the layers that stay in float32 under `config.target`, and words about them.
+    """Return the layers that stay in float32 under a target, and words about them.
 
     `graph` holds the float32 file before anything was quantized. Each layer is quantized alone, and what that does to
     the outputs is taken to add up. Layers are sorted by it over what they cost in float32, multiplications or bytes,
     and by bisection as many from the front are kept as the file that they are in has room for: it is written and
     measured each time. Raises `StageError` when even the file with every layer on integers has none.
     """
-    target = config.target
-    assert target is not None
     costs = _costs(graph, kernels, target, task)
     names = list(costs)
     effects = _effects(float32, build, names, target, task)
