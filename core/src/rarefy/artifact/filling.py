@@ -11,7 +11,7 @@ from rarefy.modules.kinds import kind_of
 from rarefy.modules.skeleton import state
 
 ALIGNMENT = 64
-"""Bytes at whose multiples torch's own tensors start on a CPU. On others some kernels are slower and round otherwise."""
+"""Bytes at whose multiples tensors of torch start on a CPU; elsewhere kernels may be slower and round otherwise."""
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
