@@ -79,7 +79,7 @@ def measured(original: nn.Module, task: Any, setting: dict[str, Any] | None) -> 
     model = original if setting is None else quantized(original, task, setting)
     size = encoded_size(model, as_base(original))
     model = copy.deepcopy(model)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in original.parameters())
     found = {"test": task.score(model, "test"), "bytes": size, "bits": 8 * size / count}
     recovery = implement(BatchNormConfig())
     analysis = recovery.analyze(model, task)

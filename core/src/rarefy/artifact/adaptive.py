@@ -18,11 +18,14 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
+from rarefy.artifact import ranges
 from rarefy.artifact.codebook import read_varint, varint
 from rarefy.errors import ArtifactError
 
 Integers = NDArray[np.int64]
 Symbols = NDArray[np.uint16]
+Start = tuple[int, int, int, int]
+"""Number of symbols, centre, decay and bins."""
 
 MOST_SYMBOLS = 1024
 _EDGES = {1: (), 4: (0, 12, 24)}
@@ -32,7 +35,6 @@ _GAIN = 32
 _PRIOR = 16 * _GAIN
 _BANDS = 64
 _SMALLEST_BAND, _LARGEST_BAND = 64, 8192
-_WORD = np.dtype("<u4")
 
 
 class Walk(Protocol):
@@ -58,12 +60,11 @@ def encode(symbols: NDArray[Any], width: int, centre: int, walk: Callable[[], Wa
     number = int(symbols.max()) + 1
     if not 2 <= number <= MOST_SYMBOLS:
         return None
-    spread = float(np.abs(symbols - np.int64(centre)).mean())
-    decay = round(256 * spread / (1 + spread))  # the mean distance of a two-sided geometric law, nearly
-    parts = []
+    decay, parts = decay_of(symbols, centre), []
     for bins in _EDGES if 1 < width < symbols.size else [1]:
-        coder = _Coder(width, symbols.size, (number, centre, min(decay, 255), bins), walk() if walk else None)
-        parts.append(coder.encode(symbols.astype(np.uint16)))
+        start, encoder = (number, centre, decay, bins), ranges.encoder()
+        _Coder(width, symbols.size, start, walk() if walk else None).write(encoder, symbols.astype(np.uint16))
+        parts.append(b"".join(map(varint, start)) + ranges.finished(encoder))
     return min(parts, key=len)
 
 
@@ -76,15 +77,30 @@ def decode(part: bytes | bytearray, size: int, width: int, walk: Walk | None = N
     number, centre, decay, bins = numbers
     if not 2 <= number <= MOST_SYMBOLS or centre >= number or decay > 255 or bins not in _EDGES:
         raise ArtifactError(f"no counts can start from {number} symbols, {centre}, {decay} and {bins}")
-    if (len(part) - at) % _WORD.itemsize:
-        raise ArtifactError("the codes are not whole words")
-    return _Coder(width, size, (number, centre, decay, bins), walk).decode(part[at:])
+    with ranges.decoding(part[at:], "codes") as decoder:
+        return read(decoder, size, width, (number, centre, decay, bins), walk)
+
+
+def write(encoder: Any, symbols: Symbols, start: Start) -> None:
+    """Encode symbols, as rows of one."""
+    _Coder(1, symbols.size, start, None).write(encoder, symbols)
+
+
+def read(decoder: Any, size: int, width: int, start: Start, walk: Walk | None = None) -> Symbols:
+    """Decode `size` symbols in rows of `width`, from the numbers at the start of a part."""
+    return _Coder(width, size, start, walk).read(decoder)
+
+
+def decay_of(symbols: NDArray[Any], centre: int) -> int:
+    """Return the decay of first counts that suits symbols, in 1/256."""
+    spread = float(np.abs(symbols - np.int64(centre)).mean())
+    return min(round(256 * spread / (1 + spread)), 255)  # the mean distance of a two-sided geometric law, nearly
 
 
 class _Coder:
     """The state that encoder and decoder share: the counts of each context."""
 
-    def __init__(self, width: int, size: int, start: tuple[int, int, int, int], walk: Walk | None) -> None:
+    def __init__(self, width: int, size: int, start: Start, walk: Walk | None) -> None:
         number, self._centre, decay, self._bins = self._start = start
         self._rows = np.empty((size // width, width), np.uint16)
         self._walk = walk
@@ -94,27 +110,16 @@ class _Coder:
         self._counts = np.tile(_first_counts(number, self._centre, decay), (contexts, 1))
         self._distances = np.zeros(width, np.int64)
 
-    def encode(self, symbols: Symbols) -> bytes:
-        encoder = constriction.stream.queue.RangeEncoder()
-
+    def write(self, encoder: Any, symbols: Symbols) -> None:
         def code(block: Symbols, model: Any) -> Symbols:
             encoder.encode(block.astype(np.int32).reshape(-1), model)
             return block
 
         self._rows = symbols.reshape(self._rows.shape)
         self._pass(code)
-        words = encoder.get_compressed().astype(_WORD, copy=False)
-        return b"".join(map(varint, self._start)) + bytes(words.tobytes())
 
-    def decode(self, data: bytes | bytearray) -> Symbols:
-        decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, _WORD).astype(np.uint32))
-        try:
-            self._pass(lambda block, model: decoder.decode(model, block.size).reshape(block.shape))
-            whole = decoder.maybe_exhausted()
-        except AssertionError as error:  # what constriction raises for words that no encoder writes
-            raise ArtifactError(f"the codes are not sound: {error}") from error
-        if not whole:
-            raise ArtifactError("there are more codes than elements")
+    def read(self, decoder: Any) -> Symbols:
+        self._pass(lambda block, model: decoder.decode(model, block.size).reshape(block.shape))
         return self._rows.reshape(-1)
 
     def _pass(self, code: Callable[[Symbols, Any], Symbols]) -> None:

@@ -13,12 +13,12 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
+from rarefy.artifact import ranges
 from rarefy.artifact.bits import Bits, stored
 from rarefy.errors import ArtifactError
 
 MOST_VALUES = 65536
 _CHUNK = 1 << 20
-_WORD = np.dtype("<u4")
 
 
 def encode(bits: Bits) -> bytes | None:
@@ -43,20 +43,11 @@ def decode(part: bytes | bytearray, itemsize: int, size: int) -> Bits:
         if codes:
             raise ArtifactError("a constant tensor has codes")
         return np.full(size, values[0])
-    if len(codes) % _WORD.itemsize:
-        raise ArtifactError("the codes are not whole words")
-    model = _model(counts)
-    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(codes, _WORD).astype(np.uint32))
-    bits = np.empty(size, values.dtype)
-    try:
+    model, bits = _model(counts), np.empty(size, values.dtype)
+    with ranges.decoding(codes, "codes") as decoder:
         for start in range(0, size, _CHUNK):
             end = min(start + _CHUNK, size)
             bits[start:end] = values[decoder.decode(model, end - start)]
-        whole = decoder.maybe_exhausted()
-    except AssertionError as error:  # what constriction raises for words that no encoder writes
-        raise ArtifactError(f"the codes are not sound: {error}") from error
-    if not whole:
-        raise ArtifactError("there are more codes than elements")
     return bits
 
 
@@ -118,10 +109,10 @@ def _model(counts: NDArray[np.int64]) -> Any:
 def _encode_codes(bits: Bits, values: Bits, counts: NDArray[np.int64]) -> bytes:
     if len(values) == 1:
         return b""
-    model, encoder = _model(counts), constriction.stream.queue.RangeEncoder()
+    model, encoder = _model(counts), ranges.encoder()
     for start in range(0, bits.size, _CHUNK):
         encoder.encode(_ranks(values, bits[start : start + _CHUNK]), model)
-    return bytes(encoder.get_compressed().astype(_WORD, copy=False).tobytes())
+    return ranges.finished(encoder)
 
 
 def _ranks(values: Bits, bits: Bits) -> NDArray[np.int32]:

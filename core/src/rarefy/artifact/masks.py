@@ -4,7 +4,7 @@ A mask is coded in bands of rows, and in each band first the columns 0, 8, 16, .
 on, so that an entry's neighbours on both sides are known. The probability of an entry is the share of those before it
 in the same context: how full its column was so far (pruned inputs), how full its row is (pruned outputs), and how many
 of its two neighbours are there (images, kernels). Shares are quotients of integers, which are the same on every
-platform. Where nothing goes together, one context for all takes fewer bytes.
+platform. Where nothing goes together, it takes fewer bytes to go by the share of the entries that are left.
 
 What is stored is a byte, 1 with contexts and 0 without, and the words of the range coder, little-endian.
 """
@@ -12,11 +12,13 @@ What is stored is a byte, 1 with contexts and 0 without, and the words of the ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import constriction
 import numpy as np
 from numpy.typing import NDArray
 
+from rarefy.artifact import ranges
 from rarefy.errors import ArtifactError
 
 Mask = NDArray[np.bool_]
@@ -29,7 +31,8 @@ _ROW_EDGES = (6, 13, 20, 32)
 _NEIGHBOURS = 3
 _BANDS = 64
 _LARGEST_BAND = 1 << 14
-_WORD = np.dtype("<u4")
+_REST = 1 / 16
+"""Entries that are always thought possible, so that no probability is 0 or 1."""
 _PRIOR = 2
 """Entries that the share of all is worth in a context that is new."""
 
@@ -41,23 +44,14 @@ def encode(mask: Mask) -> bytes:
 
 def decode(data: bytes | bytearray, rows: int, width: int, count: int) -> Mask:
     """Return a mask of `count` entries; raise `ArtifactError` when it is not sound."""
-    if len(data) % _WORD.itemsize != 1 or data[0] > 1:
-        raise ArtifactError("the places are not whole words")
-    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, _WORD, offset=1).astype(np.uint32))
-    family = constriction.stream.model.Bernoulli(perfect=False)
-    coded = _Mask(np.zeros((rows, width), bool), count, bool(data[0]))
-    try:
-        coded.walk(lambda entries, chances: decoder.decode(family, chances).astype(bool))
-        whole = decoder.maybe_exhausted()
-    except AssertionError as error:  # what constriction raises for words that no encoder writes
-        raise ArtifactError(f"the places are not sound: {error}") from error
-    if not whole or int(coded.mask.sum()) != count:
-        raise ArtifactError(f"there are not {count} places")
-    return coded.mask
+    if not data or data[0] > 1:
+        raise ArtifactError("the places are coded in no known way")
+    with ranges.decoding(data[1:], "places") as decoder:
+        return read(decoder, rows, width, count, bool(data[0]))
 
 
-def _encoded(mask: Mask, related: bool) -> bytes:
-    encoder = constriction.stream.queue.RangeEncoder()
+def write(encoder: Any, mask: Mask, related: bool) -> None:
+    """Encode a mask, `(rows, width)`, with contexts or without."""
     family = constriction.stream.model.Bernoulli(perfect=False)
 
     def code(entries: Mask, chances: NDArray[np.float64]) -> Mask:
@@ -65,7 +59,22 @@ def _encoded(mask: Mask, related: bool) -> bytes:
         return entries
 
     _Mask(mask.copy(), int(mask.sum()), related).walk(code)
-    return bytes([related]) + bytes(encoder.get_compressed().astype(_WORD, copy=False).tobytes())
+
+
+def read(decoder: Any, rows: int, width: int, count: int, related: bool) -> Mask:
+    """Decode a mask of `count` entries; raise `ArtifactError` when it has more or less."""
+    family = constriction.stream.model.Bernoulli(perfect=False)
+    coded = _Mask(np.zeros((rows, width), bool), count, related)
+    coded.walk(lambda entries, chances: decoder.decode(family, chances).astype(bool))
+    if int(coded.mask.sum()) != count:
+        raise ArtifactError(f"there are not {count} places")
+    return coded.mask
+
+
+def _encoded(mask: Mask, related: bool) -> bytes:
+    encoder = ranges.encoder()
+    write(encoder, mask, related)
+    return bytes([related]) + ranges.finished(encoder)
 
 
 class _Mask:
@@ -74,6 +83,7 @@ class _Mask:
     def __init__(self, mask: Mask, count: int, related: bool) -> None:
         self.mask, self._related = mask, related
         width = mask.shape[1]
+        self._count = count
         self._density = min(max(count, 1), mask.size - 1) / mask.size if mask.size > 1 else 0.5
         self._height = max(1, min(mask.size // _BANDS, _LARGEST_BAND) // width)
         self._columns = np.zeros(width, np.int64)
@@ -85,12 +95,21 @@ class _Mask:
         for start in range(0, len(self.mask), self._height):
             band = self.mask[start : start + self._height]
             for columns, contexts in self._parts(band, start * band.shape[1]):
-                chances = (self._there[contexts] + _PRIOR * self._density) / (self._seen[contexts] + _PRIOR)
+                chances = self._chances(contexts)
                 entries = code(band[:, columns].reshape(-1), chances.reshape(-1))
                 band[:, columns] = entries.reshape(contexts.shape)
                 self._there += np.bincount(contexts.reshape(-1)[entries], minlength=len(self._there))
                 self._seen += np.bincount(contexts.reshape(-1), minlength=len(self._seen))
             self._columns += band.sum(axis=0)
+
+    def _chances(self, contexts: Integers) -> NDArray[np.float64]:
+        """Return the probabilities of entries of the given contexts, of the same shape."""
+        if self._related:
+            there, seen = self._there[contexts].astype(np.float64), self._seen[contexts]
+            return (there + _PRIOR * self._density) / (seen + _PRIOR)
+        places = self.mask.size - int(self._seen[0])
+        entries = min(max(self._count - int(self._there[0]), 0), places)
+        return np.full(contexts.shape, (entries + _REST) / (places + 2 * _REST))
 
     def _parts(self, band: Mask, before: int) -> Iterator[tuple[Integers, Integers]]:
         """Yield columns that are coded together, with the contexts of their entries, `(rows, columns)`."""

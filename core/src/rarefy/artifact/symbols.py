@@ -8,11 +8,9 @@ A section is a byte that tells the way, and then:
 3. the number of distinct values (a base-128 varint), a measured section with these by falling frequency, and what
    `adaptive` makes of their ranks;
 4. the most frequent number, how many others there are (a varint), measured what `masks` makes of their places, and a
-   section with them, or way 6;
+   section with them;
 5. a measured section for each byte of the numbers, low bytes first: signs and exponents are alike, and low bytes of
-   rounded numbers are zero;
-6. for numbers on both sides of the most frequent one: the least distance from it (a varint), a bit for each that tells
-   whether it lies above, and a section with the distances less the least. Pruning leaves such numbers.
+   rounded numbers are zero.
 
 Measured means that its length stands before it, as a varint.
 
@@ -28,8 +26,10 @@ from rarefy.artifact.bits import Bits, stored
 from rarefy.artifact.codebook import measured, read_measured, read_varint, varint
 from rarefy.errors import ArtifactError
 
-PLAIN, COUNTED, LEARNT, LISTED, SPARSE, PLANES, SIDES = range(7)
-_SMALL, _LARGE, _SAMPLE = 1 << 12, 1 << 20, 1 << 17
+PLAIN, COUNTED, LEARNT, LISTED, SPARSE, PLANES = range(6)
+LARGE = 1 << 20
+"""Numbers from which on slow ways are taken only where a sample says that they are worth it."""
+_SMALL, _SAMPLE = 1 << 12, 1 << 17
 _WORTH, _ROUNDED = 0.99, 0.8
 """Shares of the bytes below which slower ways are taken for large tensors: of those with a histogram, of plain ones."""
 
@@ -116,11 +116,7 @@ def _table(values: Bits) -> bytes:
 def _sparse(numbers: Bits, width: int, usual: Bits) -> bytes:
     mask = numbers != usual
     head = bytes([SPARSE]) + usual.tobytes() + varint(int(mask.sum()))
-    others = numbers[mask]
-    parts = [section(others, masked=True)]
-    if numbers.itemsize <= 2 and others.size:
-        parts.append(_sides(others, usual))
-    return head + measured(masks.encode(mask.reshape(-1, width))) + min(parts, key=len)
+    return head + measured(masks.encode(mask.reshape(-1, width))) + section(numbers[mask], masked=True)
 
 
 def _read_sparse(data: bytes | bytearray, itemsize: int, size: int, width: int) -> Bits:
@@ -131,40 +127,15 @@ def _read_sparse(data: bytes | bytearray, itemsize: int, size: int, width: int) 
         raise ArtifactError("there are more numbers than places")
     mask = masks.decode(coded, size // width, width, count).reshape(-1)
     numbers: Bits = np.repeat(usual, size)
-    sides = data[at : at + 1] == bytes([SIDES])
-    numbers[mask] = _read_sides(data[at:], usual, count) if sides else read_section(data[at:], itemsize, count)
+    numbers[mask] = read_section(data[at:], itemsize, count)
     return numbers
-
-
-def _sides(numbers: Bits, usual: Bits) -> bytes:
-    distances = numbers.astype(np.int64) - int(usual)
-    above = distances > 0
-    distances = np.abs(distances)
-    least = int(distances.min())
-    rest = section((distances - least).astype(numbers.dtype), masked=True)
-    return bytes([SIDES]) + varint(least) + np.packbits(above).tobytes() + rest
-
-
-def _read_sides(data: bytes | bytearray, usual: Bits, count: int) -> Bits:
-    least, at = read_varint(data, 1)
-    end = at + -(-count // 8)
-    if end > len(data) or data[end : end + 1] == bytes([SPARSE]):
-        raise ArtifactError("the sides of the numbers are cut off")
-    if least >= 256**usual.itemsize:
-        raise ArtifactError(f"the least distance leads beyond numbers of {usual.itemsize} bytes")
-    above = np.unpackbits(np.frombuffer(data[at:end], np.uint8), count=count).astype(bool)
-    distances = read_section(data[end:], usual.itemsize, count).astype(np.int64) + least
-    numbers = int(usual[0]) + np.where(above, distances, -distances)
-    if count and not 0 <= int(numbers.min()) <= int(numbers.max()) < 256**usual.itemsize:
-        raise ArtifactError(f"a distance leads beyond numbers of {usual.itemsize} bytes")
-    return numbers.astype(stored(usual.itemsize))
 
 
 def _planes(numbers: Bits, width: int, least: int) -> list[bytes]:
     """Return the planes where they take fewer than `least` bytes; of large tensors only where low bytes are zero."""
     if numbers.itemsize == 1 or least <= 16:
         return []
-    if numbers.size >= _LARGE:
+    if numbers.size >= LARGE:
         sample = numbers[:_SAMPLE]
         if sum(len(section(plane)) for plane in _split(sample)) > _ROUNDED * sample.nbytes:
             return []
@@ -191,7 +162,7 @@ def _worth_learning(numbers: Bits, width: int, counted: bytes | None) -> bool:
     """Tell whether slower ways may take fewer bytes; of large tensors by the first rows, and markedly fewer."""
     if counted is None and numbers.itemsize == 1:
         return numbers.size <= _SMALL  # the bytes of mantissas are as good as random
-    if counted is None or numbers.size < _LARGE:
+    if counted is None or numbers.size < LARGE:
         return True
     sample = numbers[: max(1, _SAMPLE // width) * width]
     fast = codebook.encode(sample)
