@@ -131,8 +131,7 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         "",
         f"Fashion-MNIST, trained for {TRAIN.epochs} epochs, cut once, {TUNE.epochs} epochs of fine-tuning for either "
         "side, last epoch, test split measured once per run. Criterion and loss of each side were chosen "
-        "on the validation split at seed 0 (all that were tried are in the results file). ResNet-56 was trained in "
-        "bfloat16, on both sides. Speed-up: median of paired "
+        "on the validation split at seed 0 (all that were tried are in the results file). Speed-up: median of paired "
         "timings on one thread, and over the seeds.",
         "",
         "| network | | criterion, loss | seeds | FLOPs | before | after | drop | speed-up at batch 1 | at batch 64 |",
@@ -161,8 +160,9 @@ def _row(network: str, ratio: str, side: str, results: dict[str, dict[str, Any]]
         return statistics.median(run["speed_up"][batch_size][1] for run in runs)
 
     after = [run["test"] for run in runs]
+    label = network if PRECISION[network] == "no" else f"{network}, trained in {PRECISION[network]}"
     return [
-        f"| {network} | {side} | {choice} | {len(runs)} | {mean(lambda r: r['flops_ratio']):.2f}x fewer | "
+        f"| {label} | {side} | {choice} | {len(runs)} | {mean(lambda r: r['flops_ratio']):.2f}x fewer | "
         f"{mean(lambda r: r['original_test']):.2%} | {mean(lambda r: r['test']):.2%} ({min(after):.2%} to "
         f"{max(after):.2%}) | {100 * mean(lambda r: r['original_test'] - r['test']):+.2f} points | "
         f"{middle('1'):.2f}x | {middle('64'):.2f}x |"

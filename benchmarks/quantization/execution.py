@@ -172,8 +172,8 @@ def section(results: dict[str, dict[str, Any]]) -> str:
                 f"| {network} | {name} | {file['validation']:.2%} | {file['test']:.2%} | {file['bytes']:,} | "
                 f"{files[FLOAT]['bytes'] / file['bytes']:.2f}x | {' | '.join(times)} |"
             )
-    machines = {f"{network} on {files['machine']['processor']}" for network, files in results.items()}
-    return "\n".join([*lines, "", f"Timed: {', '.join(sorted(machines))}.", ""])
+    machines = sorted({files["machine"]["processor"] for files in results.values()})
+    return "\n".join([*lines, "", f"Timed on {' and '.join(machines)}.", ""])
 
 
 def _words(speed: list[float] | None) -> str:
