@@ -121,6 +121,10 @@ def test_listing_commands(rarefy: Any) -> None:
     code, out, _ = rarefy("techniques", "pruning/magnitude")
     assert "amount" in out
     assert "paper:" in out
+    for option in ("targets.exclude", "finetune.objective", "finetune.weight_decay"):
+        assert option in out
+    code, out, _ = rarefy("techniques", "quantization/uniform", "--json")
+    assert {"target", "target.measure", "target.most"} <= {row["option"] for row in json.loads(out)["options"]}
     code, out, _ = rarefy("techniques")
     assert "pruning/magnitude" in out
     code, out, _ = rarefy("plugins", "list", "--json")

@@ -121,9 +121,11 @@ class Recipe(Schema):
     steps: tuple[SerializeAsAny[TechniqueConfig], ...] = Field(min_length=1)
     """Techniques in the order in which they are applied."""
     evaluate: Evaluate = Evaluate()
+    """How time is measured, after every step."""
     export: tuple[SerializeAsAny[ExporterConfig], ...] = ()
     """Formats to write, by name or with options; the `.rarefy` artifact when empty."""
     budgets: Budgets = Budgets()
+    """What the result has to keep to; a run that misses one ends with exit code 3."""
 
 
 Split = Literal["train", "validation", "test"]

@@ -35,6 +35,7 @@ class Finetune(Schema):
     batch_size: int | None = Field(default=None, ge=1)
     """Samples per optimizer step and process; the task's own when absent."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Adam, AdamW, whose weight decay stays out of the gradient, or gradient descent with momentum."""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate at the start."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -44,6 +45,7 @@ class Finetune(Schema):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of sgd."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of the optimizer."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest gradient norm."""
     precision: Literal["no", "fp16", "bf16"] = "no"
@@ -56,3 +58,4 @@ class Finetune(Schema):
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many epochs without gain on the validation split."""
     objective: SerializeAsAny[ObjectiveConfig] = TaskLoss()
+    """What is minimised: the task's own loss, or another objective with its options, such as `distillation/logits`."""

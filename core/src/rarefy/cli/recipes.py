@@ -11,7 +11,9 @@ from rarefy.cli.output import json_option, print_json, print_rows
 from rarefy.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
-    from rarefy_schemas import Noun
+    from collections.abc import Iterator
+
+    from rarefy_schemas.base import Schema
 
 
 @click.command()
@@ -52,30 +54,38 @@ def techniques(name: str | None, as_json: bool) -> None:
     click.echo(f"\nlayers: {', '.join(config.traits.layers)}\ndata: {config.traits.data}\ntraits: {needs or 'none'}")
 
 
-def options_of(config: type[Noun]) -> list[dict[str, Any]]:
-    """Return name, type, default and description of each option of a noun."""
-    schema = config.model_json_schema()
+def options_of(config: type[Schema]) -> list[dict[str, Any]]:
+    """Return name, type, default and description of each option of a schema, those of parts as `part.option`."""
+    schema, noun = config.model_json_schema(), getattr(config, "noun", None)
+    return [row for row in _options(schema, schema.get("$defs", {})) if row["option"] != noun]
+
+
+def _options(schema: dict[str, Any], definitions: dict[str, Any], before: str = "") -> Iterator[dict[str, Any]]:
     required = schema.get("required", [])
-    return [
-        {
-            "option": name,
-            "type": type_text(part, schema.get("$defs", {})),
+    for name, part in schema["properties"].items():
+        yield {
+            "option": f"{before}{name}",
+            "type": type_text(part, definitions),
             "default": "required" if name in required else _default(part),
             "description": part.get("description", ""),
         }
-        for name, part in schema["properties"].items()
-        if name != config.noun
-    ]
+        for inner in part.get("anyOf", [part]):
+            within = definitions.get(str(inner.get("$ref", "")).rsplit("/", 1)[-1], {})
+            if "properties" in within and not before:
+                yield from _options(within, definitions, f"{name}.")
 
 
 def type_text(part: dict[str, Any], definitions: dict[str, Any]) -> str:
     """Return a JSON Schema type in words, with choices and bounds."""
     if "$ref" in part:
         name = str(part["$ref"]).rsplit("/", 1)[-1]
-        return type_text(definitions[name], definitions) if "enum" in definitions.get(name, {}) else name
+        found = definitions.get(name, {})
+        if "enum" in found:
+            return type_text(found, definitions)
+        return "mapping" if found.get("properties") else name.removesuffix("Config").lower()
     if "anyOf" in part:
         texts = [type_text(each, definitions) for each in part["anyOf"]]
-        return " or ".join(dict.fromkeys(texts))
+        return "any" if "object" in texts else " or ".join(dict.fromkeys(texts))
     if "const" in part or "enum" in part:
         return " | ".join(str(value) for value in part.get("enum", [part.get("const")]))
     if part.get("type") == "array":
@@ -83,13 +93,15 @@ def type_text(part: dict[str, Any], definitions: dict[str, Any]) -> str:
     if part.get("type") == "object" and isinstance(part.get("additionalProperties"), dict):
         return f"mapping to {type_text(part['additionalProperties'], definitions)}"
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = " and ".join(f"{sign} {part[key]:g}" for key, sign in signs.items() if key in part)
+    bounds = " and ".join(f"{sign} {part[key]:.10g}" for key, sign in signs.items() if key in part)
     return " ".join(filter(None, (str(part.get("type", "any")), bounds)))
 
 
 def _default(part: dict[str, Any]) -> str:
     value = part.get("default")
-    return "none" if value is None else "as below" if isinstance(value, dict) and value else str(value)
+    if isinstance(value, dict) and value:
+        return "as below" if len(value) > 1 else str(next(iter(value.values())))
+    return "none" if value is None else str(value)
 
 
 @click.command()
