@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -85,13 +85,20 @@ class Technique(Generic[ConfigT]):
         return model
 
 
-def select(model: nn.Module, config: TechniqueConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the target layers as (name, module), each shared module once; raise `StageError` when there is none."""
+def select(model: nn.Module, config: TechniqueConfig, derived: bool | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the target layers as (name, module), each shared module once; raise `StageError` when there is none.
+
+    `derived` says whether classes count that a library derived from torch's, such as timm's `Conv2dSame`. They may
+    compute something else, so by default they do for techniques that leave layers in place and do not look at data.
+    """
     found = False
     kinds = config.traits.layers
+    if derived is None:
+        derived = not config.traits.changes_shapes and config.traits.data == "none"
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if name and (kind in kinds or ("*" in kinds and _has_tensors(module))) and config.targets.matches(name, kind):
+        meant = kind in kinds or ("*" in kinds and _has_tensors(module)) or (derived and derived_from(module, kinds))
+        if name and meant and config.targets.matches(name, kind):
             found = True
             yield name, module
     if not found:
@@ -101,6 +108,18 @@ def select(model: nn.Module, config: TechniqueConfig) -> Iterator[tuple[str, nn.
             f"exclude {list(config.targets.exclude)}, types {list(config.targets.types or kinds)}. "
             f"The model has layers of types {', '.join(have) or 'none'}; `rarefy analyze MODEL` lists their names."
         )
+
+
+def derived_from(module: nn.Module, kinds: Sequence[str]) -> str | None:
+    """Return the class of torch, one of `kinds`, that somebody else's class of a module is derived from."""
+    classes = type(module).__mro__
+    if _is_torch(classes[0]):
+        return None
+    return next((base.__name__ for base in classes[1:] if _is_torch(base) and base.__name__ in kinds), None)
+
+
+def _is_torch(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
 
 
 def _has_tensors(module: nn.Module) -> bool:

@@ -17,7 +17,8 @@ class Traits(Schema):
     start: Literal["pretrained", "scratch", "either"] = "pretrained"
     """Whether it starts from trained weights."""
     layers: tuple[str, ...] = ("Linear", "Conv1d", "Conv2d", "Conv3d")
-    """Class names of the layers it acts on; `*` is every layer with tensors of its own."""
+    """Class names of the layers it acts on; `*` is every layer with tensors of its own. Classes that a library derived
+    from them count too where only weights matter: no data is looked at, and layers stay in place."""
     changes_shapes: bool = False
     """Layers are replaced or their widths change."""
     makes_zeros: bool = False

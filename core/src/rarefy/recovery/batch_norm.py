@@ -24,7 +24,7 @@ class BatchNormStatistics(Technique[BatchNormConfig]):
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
         """Say which batch norms have statistics."""
         layers, skipped, plan = [], [], []
-        for name, layer in select(model, self.config):
+        for name, layer in select(model, self.config, derived=True):
             kind = type(layer).__name__
             if getattr(layer, "running_mean", None) is None:
                 reason = "it keeps no statistics, and takes those of each batch"
