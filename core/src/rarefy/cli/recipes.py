@@ -67,7 +67,7 @@ def _options(schema: dict[str, Any], definitions: dict[str, Any], before: str = 
             "option": f"{before}{name}",
             "type": type_text(part, definitions),
             "default": "required" if name in required else _default(part),
-            "description": part.get("description", ""),
+            "description": " ".join(part.get("description", "").split()),
         }
         for inner in part.get("anyOf", [part]):
             within = definitions.get(str(inner.get("$ref", "")).rsplit("/", 1)[-1], {})
