@@ -9,7 +9,7 @@ from pydantic import Field
 from rarefy_schemas.base import Schema
 from rarefy_schemas.recipe import ModelReference
 
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 
 Coding = Literal["raw", "planes", "codebook", "steps", "trellis", "vectors", "huffman"]
 Coder = Literal["range", "huffman"]
