@@ -23,7 +23,7 @@ from rarefy.artifact import codebook, symbols
 from rarefy.artifact.bits import DTYPES, from_bits, to_bits
 from rarefy.errors import ArtifactError, RecipeError, StageError
 from rarefy.modules import Base
-from rarefy_schemas import ModelReference
+from rarefy_schemas import ARTIFACT_VERSION, ModelReference
 from torch import nn
 
 
@@ -393,7 +393,7 @@ def test_trailing_bytes_are_found(sound: Path) -> None:
 def test_an_unknown_version_is_named(sound: Path) -> None:
     data = bytearray(sound.read_bytes())
     data[8] = 9
-    with pytest.raises(ArtifactError, match=r"version 9 .* version 1; `pip install -U rarefy`"):
+    with pytest.raises(ArtifactError, match=rf"version 9 .* version {ARTIFACT_VERSION}; `pip install -U rarefy`"):
         rarefy.load(damaged(sound, bytes(data)))
 
 
@@ -443,7 +443,7 @@ def forged(sound: Path, change: Callable[[dict[str, Any]], None], parts: bytes |
 
 def sealed(sound: Path, manifest: bytes, parts: bytes) -> Path:
     text = zlib.compress(manifest, 9)
-    head = struct.pack("<8sIQ32s", b"\x93RAREFY\n", 1, len(text), hashlib.sha256(text).digest())
+    head = struct.pack("<8sIQ32s", b"\x93RAREFY\n", ARTIFACT_VERSION, len(text), hashlib.sha256(text).digest())
     return damaged(sound, head + text + parts)
 
 
@@ -483,7 +483,7 @@ def set_tensor(**values: Any) -> Callable[[dict[str, Any]], None]:
         set_tensor(name="0.forward"),
         set_tensor(name=""),
         set_tensor(extra=1),
-        lambda manifest: manifest.update(version=2),
+        lambda manifest: manifest.update(version=ARTIFACT_VERSION + 1),
         lambda manifest: manifest.update(tensors=[]),
         lambda manifest: manifest.update(tensors=manifest["tensors"][:-1]),
         lambda manifest: manifest.update(tensors=manifest["tensors"][::-1]),
