@@ -10,19 +10,23 @@ from typing import Any
 
 
 class Runs:
-    """Results by name, each written as soon as it is there."""
+    """Results by name, each written as soon as it is there, beside those that another process wrote meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.done: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self.done = self._read()
 
     def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a result, made now when it is missing."""
         if key not in self.done:
-            self.done[key] = make()
+            made = make()
+            self.done = {**self._read(), key: made}
             self.path.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
             print(f"{key}: {self.done[key]}", flush=True)
         return self.done[key]
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
 
 def trained_once(model: Any, file: Path | None, train: Callable[[], Any]) -> Any:
