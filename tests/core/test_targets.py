@@ -51,6 +51,9 @@ def test_a_technique_that_computes_with_a_layer_says_why_it_leaves_a_derived_one
     assert [weight.name for weight in weights] == ["2"]
     assert [(layer.name, layer.kind) for layer in skipped] == [("0", "Same")]
     assert "derived from Conv2d" in skipped[0].reason
+    alone = Same(2, 4, 3)
+    alone.inner = nn.Linear(2, 2)  # the model itself is no layer of it
+    assert layer_weights(alone, GPTQConfig())[1] == []
     excluded = GPTQConfig(targets={"exclude": ["0"]})
     assert layer_weights(network(), excluded)[1] == []
 

@@ -42,7 +42,7 @@ def layer_weights(model: nn.Module, config: TechniqueConfig) -> tuple[list[Layer
     targets = dict(select(model, config))
     for name, layer in model.named_modules():
         kind, base = type(layer).__name__, derived_from(layer, config.traits.layers)
-        if base and name not in targets and config.targets.matches(name, kind):
+        if name and base and name not in targets and config.targets.matches(name, kind):
             reason = f"its class is derived from {base}, and what it computes is not known to this technique"
             skipped.append(SkippedLayer(name=name, kind=kind, reason=reason))
     for name, layer in targets.items():

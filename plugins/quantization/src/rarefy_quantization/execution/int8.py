@@ -64,7 +64,7 @@ class _Integers:
         self._codes = {kernel.node.input[1]: _codes(kernel, model) for kernel in self.kernels}
         self.notes = [*_words(self._codes), *left]
 
-    def apply_(self, graph: Graph, exclude: Sequence[str] = ()) -> None:
+    def apply_(self, graph: Graph, exclude: Sequence[str]) -> None:
         """Let the layers of a prepared graph read integers, but for those that match the patterns of `exclude`."""
         from rarefy_quantization.execution.graph import find_kernels
         from rarefy_quantization.execution.qdq import drop_clamps_, quantize_tensors_, quantize_weight_
