@@ -20,11 +20,16 @@ steps:
     finetune: {epochs: 3, lr: 0.002, batch_size: 32}
 """
 
-# a plugin that makes each process write down a fingerprint of its weights
+# a plugin that makes each process write down a fingerprint of its weights, and at its end whether the group still is
 WITNESS = """\
-import hashlib, os
+import atexit, hashlib, os
 import torch
 from rarefy.hookspecs import hookimpl
+
+@atexit.register
+def last():
+    with open(f"end{os.environ['RANK']}.txt", "a") as file:
+        file.write(str(torch.distributed.is_initialized()))
 
 @hookimpl(wrapper=True)
 def finetune(technique, model, teacher, task, config, seed):
@@ -48,6 +53,7 @@ def test_two_processes_agree_and_match_one(tmp_path: Path) -> None:
     assert ranks[0] == ranks[1]
     assert len(ranks[0].splitlines()) == 2
     assert all(line.endswith(" 2") for line in ranks[0].splitlines())
+    assert [(tmp_path / f"end{rank}.txt").read_text() for rank in (0, 1)] == ["False", "False"]
 
     one = [sys.executable, "-m", "rarefy", "--quiet", "run", "r.yaml", "-o", "one"]
     subprocess.run(one, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=240)

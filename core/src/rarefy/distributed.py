@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import TypeVar
 
@@ -26,7 +27,9 @@ def start(device: str) -> None:
     if world_size() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device == "cpu")
+        # threads of a group that is still there when the interpreter ends abort the process (pytorch/pytorch#190489)
+        atexit.register(state.destroy_process_group)
         if torch.distributed.get_world_size() != world_size():
             raise RuntimeError(
                 f"the launcher announced {world_size()} processes, the group has {torch.distributed.get_world_size()}"
