@@ -180,6 +180,21 @@ def test_precision_can_change_from_one_training_to_the_next(model: nn.Module, ta
         assert math.isfinite(trained.history[-1]["loss"])
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_that_the_processor_emulates_is_told(
+    model: nn.Module,
+    task: ClassificationTask,
+    fast: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    for precision in ("no", "bf16"):
+        fit(copy.deepcopy(model), model, task, Finetune(precision=precision, max_steps=1))
+    told = [record.message for record in caplog.records if "fast instructions for bf16" in record.message]
+    assert len(told) == (0 if fast else 1)
+
+
 def test_channels_last_changes_results_by_rounding_only() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(32, 1, 8, 8), torch.arange(32) % 4

@@ -167,6 +167,7 @@ class Pipeline:
         name = technique.config.name or technique.config.registered_name()
         log.info("step %d of %d: %s", index + 1, len(self.techniques), name)
         began = time.monotonic()
+        technique.original = original
         analysis = self._analyze(technique, state.model)
         model, training = self._changed(index, technique, analysis, state.model, original)
         report = StageReport(

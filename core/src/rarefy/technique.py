@@ -54,6 +54,8 @@ class Technique(Generic[ConfigT]):
         """Seed of this step, set by the pipeline; seed every random generator with it."""
         self.zeros_to_keep = False
         """Whether an earlier step left zeros, set by the pipeline; fine-tuning then holds them."""
+        self.original: nn.Module | None = None
+        """The model as it was before the first step, set by the pipeline; read only."""
         self.notes: list[str] = []
         """Findings in words for the report, such as what training made of a layer; any moment may add some."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from rarefy.progress import track
 from rarefy.seeds import seed_everything
 from rarefy.task import Task
 from rarefy.technique import TrainingRule
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,18 @@ def _engine(config: Finetune, device: torch.device) -> Any:
     # the state is one per process and refuses another precision; every fine-tuning brings its own
     AcceleratorState._reset_state(reset_partial_state=False)
     data = DataLoaderConfiguration(use_seedable_sampler=True, even_batches=True)
+    if device.type == "cpu" and config.precision != "no" and not _fast_on_this_processor(config.precision):
+        log.warning(
+            "this processor has no fast instructions for %s, so that `precision: no` may well be several times faster",
+            config.precision,
+        )
     return Accelerator(cpu=device.type == "cpu", mixed_precision=config.precision, dataloader_config=data)
+
+
+def _fast_on_this_processor(precision: str) -> bool:
+    """Tell whether torch's kernels for the processor compute in half precision at all, or convert; True when unsure."""
+    ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    return ask is None or bool(ask())
 
 
 def _optimizer(parameters: list[nn.Parameter], config: Finetune) -> torch.optim.Optimizer:

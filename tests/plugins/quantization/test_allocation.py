@@ -15,7 +15,8 @@ from rarefy.nouns import implement
 from rarefy.recipe import load_recipe
 from rarefy_quantization import allocation
 from rarefy_quantization.allocation import best_within
-from rarefy_quantization.config import GPTQConfig, UniformConfig
+from rarefy_quantization.config import GPTQConfig, GridQuantization, UniformConfig
+from rarefy_quantization.rounding.config import AdaRoundConfig
 from torch import nn
 
 
@@ -97,6 +98,17 @@ class TestModels:
         with torch.no_grad():
             errors = [float((model(x) - trained_digits(x)).square().mean()) for model in (chosen, same)]
         assert errors[0] < 0.8 * errors[1]
+
+    @pytest.mark.parametrize("kind", [GPTQConfig, AdaRoundConfig])
+    def test_tried_by_rounding_layers_get_the_bits_that_rounding_would_give_them(
+        self, kind: type[GridQuantization], digits_task: Any, trained_digits: nn.Module
+    ) -> None:
+        options = {"per_layer": {"fc2": 4}, "granularity": "tensor", "range": "mse", "symmetric": False}
+        asked = {"most": 3, "choices": (2, 3, 4, 5), "tried_by": "rounding"}
+        found = analysis(trained_digits, digits_task, kind(target=asked, **options))
+        plain = analysis(trained_digits, digits_task, UniformConfig(target=asked, **options))
+        assert bits_of(found) == bits_of(plain)
+        assert len(set(bits_of(found).values())) > 1
 
     def test_bits_given_by_hand_stay_and_count(self, digits_task: Any, trained_digits: nn.Module) -> None:
         config = UniformConfig(target={"most": 3, "by": "loss"}, per_layer={"fc1": 2, "conv1": 5})

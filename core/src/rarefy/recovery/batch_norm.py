@@ -17,9 +17,17 @@ from rarefy.recovery.config import BatchNormConfig
 from rarefy.task import Task
 from rarefy.technique import Analysis, Technique, select
 
+Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Mean and variance of each channel, `(channels,)`, by the name of the batch norm."""
+
 
 class BatchNormStatistics(Technique[BatchNormConfig]):
-    """Gives each batch norm the mean over batches of their means and unbiased variances."""
+    """Gives each batch norm the statistics that calibration data has now, or what has changed in them.
+
+    Measured are the mean over batches of their means and of their unbiased variances. With `relative`, in m + m1 - m0
+    and v v1 / v0, the original network's m and v are those it was trained with, 0 and 1 tell what is measured on the
+    original network and on this one; so what the calibration data has of its own drops out.
+    """
 
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
         """Say which batch norms have statistics."""
@@ -30,37 +38,53 @@ class BatchNormStatistics(Technique[BatchNormConfig]):
                 reason = "it keeps no statistics, and takes those of each batch"
                 skipped.append(SkippedLayer(name=name, kind=kind, reason=reason))
                 continue
-            layers.append(LayerReport(name=name, kind=kind, action=f"statistics of {self.config.batches} batches"))
+            what = "statistics" if self._counterpart(name, layer) is None else "change of the statistics"
+            layers.append(LayerReport(name=name, kind=kind, action=f"{what} over {self.config.batches} batches"))
             plan.append(name)
         return Analysis(tuple(layers), tuple(skipped), plan)
 
     def transform(self, model: nn.Module, analysis: Analysis, task: Task) -> nn.Module:
-        """Measure."""
+        """Measure; raise `StageError`, with the old statistics in place, when that gives none."""
         norms: dict[str, Any] = {name: model.get_submodule(name) for name in analysis.plan}
-        if norms:
-            reestimate_(model, norms, task, self.config.batches, self.config.batch_size)
+        before = {name: self._counterpart(name, norm) for name, norm in norms.items()}
+        matched = {name: norm for name, norm in before.items() if norm is not None}
+        now = self._statistics(model, norms, task)
+        then = self._statistics(self.original, matched, task) if self.original is not None else {}
+        for name, norm in norms.items():
+            mean, variance = now[name]
+            if name in then:
+                old, eps = matched[name], norm.eps
+                mean = old.running_mean + (mean - then[name][0])
+                variance = old.running_var * ((variance + eps) / (then[name][1] + eps))
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
         return model
 
+    def _counterpart(self, name: str, norm: Any) -> Any:
+        """Return the batch norm of as many channels that the original model has in the place of this one, or None."""
+        if not self.config.relative or self.original is None:
+            return None
+        found = dict(self.original.named_modules()).get(name)
+        mean = getattr(found, "running_mean", None)
+        return found if mean is not None and mean.shape == norm.running_mean.shape else None
 
-def reestimate_(
+    def _statistics(self, model: nn.Module, norms: dict[str, Any], task: Task) -> Statistics:
+        return measured(model, norms, task, self.config.batches, self.config.batch_size) if norms else {}
+
+
+def measured(
     model: nn.Module, norms: dict[str, Any], task: Task, batches: int, batch_size: int | None = None
-) -> None:
-    """Measure the statistics of some batch norms of a model on the task's calibration data.
+) -> Statistics:
+    """Return the means and variances of what some batch norms of a model get from the task's calibration data.
 
-    Everything else runs in evaluation mode. Raises `StageError`, with the old statistics in place, when there is no
-    data, or when a statistic is not finite.
+    Each batch norm uses those of the batch; everything else runs in evaluation mode. The model stays as it is. Raises
+    `StageError` when no data reaches one, or when a statistic is not finite.
     """
-    before = {name: [norm.running_mean.clone(), norm.running_var.clone()] for name, norm in norms.items()}
-    try:
-        with evaluation(model), _measuring(norms.values()), torch.no_grad():
-            for batch in track(task.calibration(batch_size, batches), "measuring batch norms", batches):
-                model(*move(batch, device_of(model)))
-            _check(norms)
-    except BaseException:
-        for name, old in before.items():
-            norms[name].running_mean.copy_(old[0])
-            norms[name].running_var.copy_(old[1])
-        raise
+    with evaluation(model), _measuring(norms.values()), torch.no_grad():
+        for batch in track(task.calibration(batch_size, batches), "measuring batch norms", batches):
+            model(*move(batch, device_of(model)))
+        _check(norms)
+        return {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
 
 
 def _check(norms: dict[str, Any]) -> None:
@@ -80,7 +104,8 @@ def _check(norms: dict[str, Any]) -> None:
 def _measuring(norms: Any) -> Iterator[None]:
     """Have batch norms average the statistics of batches, and count these from 0; afterwards they are as before."""
     norms = list(norms)
-    kept = [(norm.training, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    state = ("running_mean", "running_var", "num_batches_tracked")
+    kept = [(norm.training, norm.momentum, [getattr(norm, name).clone() for name in state]) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
@@ -88,7 +113,8 @@ def _measuring(norms: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for norm, (training, momentum, tracked) in zip(norms, kept, strict=True):
+        for norm, (training, momentum, old) in zip(norms, kept, strict=True):
             norm.train(training)
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(tracked)
+            for name, tensor in zip(state, old, strict=True):
+                getattr(norm, name).copy_(tensor)

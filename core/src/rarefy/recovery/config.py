@@ -26,3 +26,7 @@ class BatchNormConfig(TechniqueConfig):
     """Number of batches whose statistics are averaged."""
     batch_size: int | None = Field(default=None, ge=2)
     """Samples per batch; the task's own number when absent."""
+    relative: bool = True
+    """Measure the original model, too, and take over what has changed: means by difference, variances by ratio. So few
+    or unusual samples do little harm. Where the original has no batch norm of that name and width, as behind pruned
+    channels, the statistics are those of the samples."""

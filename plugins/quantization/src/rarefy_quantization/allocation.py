@@ -11,7 +11,7 @@ from rarefy.task import Task
 from torch import nn
 
 from rarefy_quantization.budget import BitTarget
-from rarefy_quantization.config import GridQuantization
+from rarefy_quantization.config import GridQuantization, UniformConfig
 
 _MOST = 20_000
 """Partial allocations that are kept after each layer."""
@@ -27,8 +27,8 @@ def allocate(
 ) -> dict[str, int]:
     """Return the bits of each layer, `fixed` where given, so that all codes fit the target at the least effect.
 
-    `sizes` are the numbers of weights of the layers. The effect of bits on a layer is that of the technique `config` on
-    it alone. Raises `StageError` when even the fewest bits do not fit, or a layer cannot be tried.
+    `sizes` are the numbers of weights of the layers. The effect of bits on a layer is that on it alone of the technique
+    `config`, or of rounding. Raises `StageError` when even the fewest bits do not fit, or a layer cannot be tried.
     """
     whole = sum(sizes.values())
     most = int(target.most * (whole if target.measure == "bits" else 8))
@@ -88,6 +88,9 @@ def _effects(
     """Return what each of `choices` does to the model in each layer that is not fixed."""
     increase = Increase(model, task, target.batches, labelled=target.by == "loss")
     targets = config.targets.model_copy(update={"exclude": (*config.targets.exclude, *fixed)})
+    if target.tried_by == "rounding":
+        shared = GridQuantization.model_fields.keys() - {"bits", "target"}
+        config = UniformConfig(**{name: getattr(config, name) for name in shared})
     found: dict[str, list[float]] = {}
     for bits in choices:
         alone = config.model_copy(update={"target": None, "per_layer": {}, "bits": bits, "targets": targets})

@@ -28,3 +28,6 @@ class BitTarget(Schema):
     asks for labels and many batches, since it moves by chance, too."""
     batches: int = Field(default=4, ge=1)
     """Batches that this is measured on."""
+    tried_by: Literal["technique", "rounding"] = "technique"
+    """What quantizes a layer alone: the technique itself, or plain rounding to the same grid, which is faster by as
+    much as the technique is slower."""
