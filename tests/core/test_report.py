@@ -352,6 +352,11 @@ def test_words_tell_growth_and_a_step_that_gained_nothing() -> None:
     assert [note.split(" from ")[0] for note in words(grown, small)][:2] == ["Parameters grew", "FLOPs grew"]
     assert words(small, small) == ["The number of parameters did not fall; the file did not shrink."]
     assert words(small, None) == []
+    barely = stage(1, "b", 0.9, {"fc": 50}, 99_800, {}, parameters=100_000)
+    before = stage(0, "a", 0.9, {"fc": 50}, 100_000, {}, parameters=100_000)
+    assert words(barely, before) == ["The number of parameters did not fall; the file did not shrink."]
+    recovered = barely.model_copy(update={"technique": "recovery/batch-norm"})
+    assert words(recovered, before) == []  # it is not meant to make anything smaller
 
 
 def test_the_terminal_shows_the_outcome_the_steps_and_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:

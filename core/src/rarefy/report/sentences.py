@@ -9,6 +9,8 @@ from rarefy.report.summary import Speed, speeds, summarize
 
 NOTABLE = 1.05
 """Ratio from which on a difference in time is told."""
+SHOWN = 1.005
+"""Ratio from which on a smaller file does not read "1.00x"."""
 
 
 def words(step: StageReport, previous: StageReport | None) -> list[str]:
@@ -69,9 +71,9 @@ def _size(step: StageReport, previous: StageReport) -> list[str]:
     grown = _ratio(step, previous, "parameters", above=1)
     if grown:
         return [f"Parameters grew from {_pair(step, previous, 'parameters')}."]
-    if _ratio(step, previous, "parameters") != 1:
+    if _ratio(step, previous, "parameters") != 1 or (step.technique or "").startswith("recovery/"):
         return []
-    smaller = _ratio(previous, step, "bytes", above=1)
+    smaller = _ratio(previous, step, "bytes", above=SHOWN)
     file = f"the file is {numbers.times(smaller)} smaller" if smaller else "the file did not shrink"
     if _ratio(previous, step, "nonzero", above=1):
         sparsity = numbers.percent(step.value("sparsity"))
