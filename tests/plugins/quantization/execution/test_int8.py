@@ -15,12 +15,12 @@ from rarefy.measure import Latency
 from rarefy.recipe import load_recipe
 from rarefy.tasks import ClassificationTask
 from rarefy_quantization.config import UniformConfig
-from rarefy_quantization.execution import mixed
+from rarefy_quantization.execution import mixed, saturation
 from rarefy_quantization.execution.comparison import in_words
 from rarefy_quantization.execution.config import OnnxInt8Format
 from torch import nn
 
-from .conftest import Written, quantized, random_task, written
+from .conftest import Written, exact_kernels, quantized, random_task, written
 
 QUICK = OnnxInt8Format(rounds=3, batches=2, max_error=10)
 
@@ -47,6 +47,7 @@ class Residual(nn.Module):
         return self.head(self.mean(x).flatten(1))
 
 
+@exact_kernels
 def test_a_trained_network_keeps_its_score_and_gets_smaller(
     trained_digits: nn.Module, digits_task: ClassificationTask, tmp_path: Path
 ) -> None:
@@ -59,6 +60,22 @@ def test_a_trained_network_keeps_its_score_and_gets_smaller(
     assert 2 < file.value("float32_rate") < 4.5
     assert "accuracy on the validation split" in " ".join(file.report.notes)
     assert not {"Conv", "Gemm", "MatMul", "Relu"} & file.kernels()
+
+
+def test_weights_of_seven_bits_are_exact_on_every_processor(
+    trained_digits: nn.Module, digits_task: ClassificationTask, tmp_path: Path
+) -> None:
+    model = quantized(trained_digits, UniformConfig(bits=7))
+    file = written(model, digits_task, OnnxInt8Format(), tmp_path)
+    assert file.value("output_error") < 0.05
+    assert abs(file.value("accuracy") - file.value("accuracy of the model")) <= 0.01
+
+
+@pytest.mark.parametrize("cut_off", [True, False])
+def test_kernels_that_saturate_are_told(cut_off: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saturation, "saturates", lambda: cut_off)
+    file = written(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), random_task(1, 8, 8), QUICK, tmp_path)
+    assert any("VNNI" in note and "bits: 7" in note for note in file.report.notes) == cut_off
 
 
 def test_between_the_ends_everything_runs_on_integers(tmp_path: Path) -> None:
@@ -171,6 +188,7 @@ def test_weights_of_excluded_layers_are_not_rounded_by_the_runtime(tmp_path: Pat
     assert {"Conv", "QLinearConv"} <= file.kernels()
 
 
+@exact_kernels
 def test_products_of_two_activations_stay_in_float_and_are_named(tmp_path: Path) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -206,6 +224,7 @@ def test_sums_of_floats_are_not_rounded(tmp_path: Path) -> None:
     assert len(file.weights()) == 2
 
 
+@exact_kernels
 def test_outputs_that_layers_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Both(nn.Module):
         def __init__(self, *first: nn.Module) -> None:

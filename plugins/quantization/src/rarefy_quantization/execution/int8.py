@@ -28,9 +28,12 @@ class OnnxInt8Exporter(QuantizedOnnxExporter[OnnxInt8Format]):
     def quantize_(self, graph: Graph, model: nn.Module, task: Task) -> None:
         """Calibrate the activations, and let the kernels read integers."""
         from rarefy_quantization.execution.mixed import layers_in_float, patterns
+        from rarefy_quantization.execution.saturation import REMEDY, saturates
 
         integers = _Integers(graph, model, task, self.config)
         self.notes += integers.notes
+        if saturates():
+            self.notes.append(REMEDY)
         kept: list[str] = []
         target = self.config.target
         if target is not None:
