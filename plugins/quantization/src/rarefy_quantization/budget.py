@@ -29,5 +29,5 @@ class BitTarget(Schema):
     batches: int = Field(default=4, ge=1)
     """Batches that this is measured on."""
     tried_by: Literal["technique", "rounding"] = "technique"
-    """What quantizes a layer alone: the technique itself, or plain rounding to the same grid, which is faster by as
-    much as the technique is slower."""
+    """What quantizes a layer alone: the technique itself, or plain rounding with the same bits, which spares `gptq` and
+    `adaround` a calibration per layer and choice."""

@@ -16,11 +16,8 @@ from rarefy.exporting import export_one
 from rarefy.modules import as_base
 from rarefy.nouns import implement
 from rarefy.tasks import ClassificationTask
-from rarefy_quantization.execution.saturation import saturates
 from rarefy_schemas import ExporterConfig, ExportReport
 from torch import nn
-
-exact_kernels = pytest.mark.skipif(saturates(), reason="8-bit kernels saturate on this processor")
 
 
 class Written:

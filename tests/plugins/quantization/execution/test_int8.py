@@ -20,7 +20,7 @@ from rarefy_quantization.execution.comparison import in_words
 from rarefy_quantization.execution.config import OnnxInt8Format
 from torch import nn
 
-from .conftest import Written, exact_kernels, quantized, random_task, written
+from .conftest import Written, quantized, random_task, written
 
 QUICK = OnnxInt8Format(rounds=3, batches=2, max_error=10)
 
@@ -47,7 +47,7 @@ class Residual(nn.Module):
         return self.head(self.mean(x).flatten(1))
 
 
-@exact_kernels
+@pytest.mark.skipif(saturation.saturates(), reason="8-bit kernels saturate on this processor")
 def test_a_trained_network_keeps_its_score_and_gets_smaller(
     trained_digits: nn.Module, digits_task: ClassificationTask, tmp_path: Path
 ) -> None:
@@ -188,7 +188,6 @@ def test_weights_of_excluded_layers_are_not_rounded_by_the_runtime(tmp_path: Pat
     assert {"Conv", "QLinearConv"} <= file.kernels()
 
 
-@exact_kernels
 def test_products_of_two_activations_stay_in_float_and_are_named(tmp_path: Path) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -198,7 +197,7 @@ def test_products_of_two_activations_stay_in_float_and_are_named(tmp_path: Path)
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (self.query(x) @ self.key(x).transpose(1, 2)).flatten(1)
 
-    file = written(Attention(), random_task(3, 8), QUICK, tmp_path)
+    file = written(quantized(Attention(), UniformConfig(bits=7)), random_task(3, 8), QUICK, tmp_path)
     assert "none is constant" in " ".join(file.report.notes)
     assert len(file.weights()) == 2
     assert file.value("output_error") < 0.1
@@ -224,7 +223,6 @@ def test_sums_of_floats_are_not_rounded(tmp_path: Path) -> None:
     assert len(file.weights()) == 2
 
 
-@exact_kernels
 def test_outputs_that_layers_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Both(nn.Module):
         def __init__(self, *first: nn.Module) -> None:
@@ -238,7 +236,7 @@ def test_outputs_that_layers_read_too(tmp_path: Path, monkeypatch: pytest.Monkey
     task = random_task(2, 8, 8)
     monkeypatch.setattr(ClassificationTask, "score", lambda *_: float("nan"))
     for first in ((nn.Conv2d(2, 4, 5),), (nn.Conv2d(2, 4, 5), nn.Tanh())):
-        file = written(Both(*first), task, QUICK, tmp_path / str(len(first)))
+        file = written(quantized(Both(*first), UniformConfig(bits=7)), task, QUICK, tmp_path / str(len(first)))
         assert len(file.weights()) == 2
         assert file.value("output_error") < 0.1
 
