@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rarefy_schemas import TechniqueConfig
 from torch import nn
@@ -32,12 +32,21 @@ class Compressing(NounConformance):
     config: TechniqueConfig
     parent = Technique
     seed = 1
+    _compressed: ClassVar[tuple[TechniqueConfig, Outcome] | None] = None
 
     def _technique(self, config: TechniqueConfig | None = None) -> Technique[Any]:
         self._noun()
         technique: Technique[Any] = implement(config or self.config)
         technique.seed = self.seed
         return technique
+
+    def _outcome(self) -> Outcome:
+        """Return what becomes of `self.model()`, worked out once for all rules that only look at it."""
+        kit = type(self)
+        known = vars(kit).get("_compressed")  # not a parent's: its model may be another
+        if known is None or known[0] is not self.config:
+            known = kit._compressed = (self.config, self._compress(self.model()))
+        return known[1]
 
     def _compress(
         self, model: nn.Module, config: TechniqueConfig | None = None, zeros_to_keep: bool = False

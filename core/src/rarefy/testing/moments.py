@@ -67,22 +67,21 @@ class MomentRules(Compressing):
 
     def test_it_changes_the_model(self) -> None:
         """Check that something is done."""
-        model = self.model()
-        outcome = self._compress(model)
+        outcome = self._outcome()
         require(
             outcome.analysis.layers or self.config.traits.new_architecture,
             f"`analyze` finds no layer to change: {outcome.analysis.skipped}",
             "give options, or a `model`, with which there is something to do",
         )
         require(
-            differences(model, outcome.model),
+            differences(self.model(), outcome.model),
             "The model is the same as before",
             "change the weights in `transform`, in place or by returning new layers",
         )
 
     def test_consolidate_leaves_plain_modules(self) -> None:
         """Check that no training scaffolding remains."""
-        left = scaffolding(self._compress(self.model()).model)
+        left = scaffolding(self._outcome().model)
         require(
             not left,
             f"After `consolidate` there are still {', '.join(left)}",

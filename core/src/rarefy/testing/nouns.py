@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -96,11 +97,10 @@ class NounConformance:
         package = module.partition(".")[0]
         if package not in {plugin.module.partition(":")[0].partition(".")[0] for plugin in discover()}:
             return
-        code = f"import sys, {package}, {module}; sys.exit('torch' in sys.modules and 'torch is imported')"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        failed = _import_failure(package, module)
         require(
-            done.returncode == 0,
-            f"Importing {package} and {module} in a fresh process fails or loads torch:\n{done.stderr.strip()}",
+            failed is None,
+            f"Importing {package} and {module} in a fresh process fails or loads torch:\n{failed}",
             "keep the config in a module of its own that imports rarefy_schemas and pydantic only, and name the code "
             "in `implementation` instead of importing it",
         )
@@ -122,3 +122,10 @@ class NounConformance:
             f"The options {', '.join(lost)} change when they are written as JSON and read back",
             "use plain types for them: numbers, strings, booleans, tuples and mappings of these",
         )
+
+
+@lru_cache
+def _import_failure(package: str, module: str) -> str | None:
+    code = f"import sys, {package}, {module}; sys.exit('torch' in sys.modules and 'torch is imported')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else None

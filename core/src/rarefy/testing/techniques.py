@@ -8,7 +8,7 @@ from rarefy_schemas import TechniqueConfig
 
 from rarefy.hookspecs import hookimpl
 from rarefy.recipe import load_recipe
-from rarefy.registry import Registry, discover
+from rarefy.registry import Registry, discover, get
 from rarefy.testing.moments import MomentRules
 from rarefy.testing.require import require
 from rarefy.testing.results import ResultRules
@@ -41,7 +41,7 @@ def _registry_with(config: type[TechniqueConfig]) -> Registry:
         def register_techniques(self) -> list[type[TechniqueConfig]]:
             return [config]
 
-    registry = Registry(discover())
+    registry = get()
     known = registry.techniques.get(config.registered_name())
     if known is not None and known.implementation == config.implementation:
         return registry

@@ -24,8 +24,7 @@ class TraitRules(Compressing):
 
     def test_shapes_change_only_when_declared(self) -> None:
         """Check the trait `changes_shapes`."""
-        model = self.model()
-        before, after = shapes(model), shapes(self._compress(model).model)
+        before, after = shapes(self.model()), shapes(self._outcome().model)
         changed = sorted({name for name, _ in before.items() ^ after.items()})
         require(
             not changed or self.config.traits.changes_shapes or self.config.traits.new_architecture,
@@ -35,8 +34,8 @@ class TraitRules(Compressing):
 
     def test_zeros_are_made_when_declared(self) -> None:
         """Check the trait `makes_zeros`."""
-        traits, model = self.config.traits, self.model()
-        before, after = zero_count(model), zero_count(self._compress(model).model)
+        traits = self.config.traits
+        before, after = zero_count(self.model()), zero_count(self._outcome().model)
         require(
             after > before or not traits.makes_zeros,
             f"{after} weights are zero, {before} before, and the technique says that it makes zeros",
@@ -72,7 +71,7 @@ class TraitRules(Compressing):
         """Check the trait `leaves_codes`."""
         if not self.config.traits.leaves_codes:
             return
-        before, after = weights(self.model()), weights(self._compress(self.model()).model)
+        before, after = weights(self.model()), weights(self._outcome().model)
         changed = [n for n in after if n not in before or not torch.equal(before[n], after[n])]
         values = sum(len(torch.unique(after[name])) for name in changed)
         size = sum(after[name].numel() for name in changed)
