@@ -90,7 +90,8 @@ class TestSolving:
         torch.testing.assert_close(*seen["first"])
 
     def test_without_a_reference_the_inputs_are_what_they_should_be(self) -> None:
-        hessian = LayerCalibration(data()).hessian(Reversed(), "first")
+        calibration = LayerCalibration(data())
+        hessian = calibration.hessian(calibration.passes(Reversed()), "first")
         assert torch.equal(hessian.cross, hessian.value)
 
     def test_errors_are_those_of_the_outputs(self) -> None:
@@ -102,6 +103,7 @@ class TestSolving:
     def test_a_shared_weight_is_calibrated_on_the_inputs_of_all_its_layers(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
         model[2].weight = model[0].weight
-        hessian = LayerCalibration(data(), batches=2, dtype=torch.float64).hessian(model, "0")
+        calibration = LayerCalibration(data(), batches=2, dtype=torch.float64)
+        hessian = calibration.hessian(calibration.passes(model, ["0", "2"]), "0")
         assert hessian.seen == 2 * 20
         assert hessian.value.dtype == torch.float64

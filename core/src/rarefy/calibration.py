@@ -17,8 +17,8 @@ Visit = Callable[[torch.Tensor], None]
 """Is handed one input of a layer; it must neither keep nor change it."""
 
 
-class _Reached(BaseException):
-    """All layers were reached; no `Exception`, so that a model's own error handling lets it pass."""
+class Reached(BaseException):
+    """A forward pass has served its purpose; no `Exception`, so that a model's own error handling lets it pass."""
 
 
 def stream_inputs(
@@ -52,7 +52,7 @@ def stream_inputs(
             stack.callback(hook.remove)
         for batch in track(batches, description, total):
             watch.start(stop=once)
-            with contextlib.suppress(_Reached):
+            with contextlib.suppress(Reached):
                 model(*move(batch, device_of(model)))
             if not seen:
                 seen, calls = True, dict(watch.calls)
@@ -91,7 +91,7 @@ def stream_together(
         for batch in track(batches, description, total):
             for model, tap in zip(models, taps, strict=True):
                 tap.calls.clear()
-                with contextlib.suppress(_Reached), torch.no_grad():
+                with contextlib.suppress(Reached), torch.no_grad():
                     model(*move(batch, device_of(model)))
                 tap.stop = len(tap.calls) == 1
             yield from zip(*(tap.calls for tap in taps), strict=False)
@@ -106,9 +106,9 @@ class _Tap:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> None:
         """Keep a call, as copies, since later code may write into either; end the pass when this is the last one."""
-        self.calls.append((_given(self.name, args, kwargs).clone(), out.clone()))
+        self.calls.append((given_to(self.name, args, kwargs).clone(), out.clone()))
         if self.stop:
-            raise _Reached
+            raise Reached
 
 
 class _Watch:
@@ -127,15 +127,16 @@ class _Watch:
         """Return the hook of the layer `name`."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.visits[name](_given(name, args, kwargs))
+            self.visits[name](given_to(name, args, kwargs))
             self.calls[name] = self.calls.get(name, 0) + 1
             if self.stop and len(self.calls) == len(self.visits):
-                raise _Reached
+                raise Reached
 
         return before
 
 
-def _given(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def given_to(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the input that a layer is called with; raise `StageError` when it is no tensor."""
     given = args[0] if args else kwargs.get("input")
     if not isinstance(given, torch.Tensor):
         raise StageError(

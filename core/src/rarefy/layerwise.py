@@ -1,11 +1,12 @@
 """Changing one layer after the other on the inputs it gets: in which order, by which Hessian, and what is left alone.
 
-Memory is bounded by the model and one layer's Hessian and workspace, at the price of one pass over the calibration
-batches per layer, up to that layer.
+One forward pass per calibration batch serves all layers, see `rarefy.passes`. Memory holds the model, what each pass
+has at the layer where they are, and that layer's Hessian and workspace.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from rarefy.calibration import Visit, stream_inputs, stream_together
+from rarefy.calibration import Visit, stream_inputs
 from rarefy.hessian import InputHessian, PairedHessian, as_rows, columns
+from rarefy.passes import Passes
 from rarefy.progress import track
 from rarefy.task import Task
 from rarefy.weights import LayerWeight, holders
@@ -45,32 +47,30 @@ class LayerCalibration:
         ordered = sorted(weights, key=lambda weight: places.get(weight.name, len(places)))
         return [(weight, self._why_not(model, weight, weight.name in places)) for weight in ordered]
 
-    def hessian(self, model: nn.Module, name: str) -> InputHessian:
-        """Return the Hessian of a layer over the inputs of all layers that share its weight."""
-        layer = model.get_submodule(name)
-        parameter = layer.get_parameter("weight")
-        hessian = InputHessian(layer, name, self._precision(parameter))
-        users = holders(model, parameter)
-        visits: dict[str, Visit] = {user: partial(hessian.update, user=model.get_submodule(user)) for user in users}
-        batches = self.task.calibration(self.batch_size, self.batches)
-        stream_inputs(model, batches, visits, f"calibrating {name}", self.batches)
-        return hessian
+    def passes(self, model: nn.Module, names: Iterable[str] = (), reference: nn.Module | None = None) -> Passes:
+        """Return passes that go through the named layers together, those aside that share their weight."""
+        alone = [n for n in names if holders(model, model.get_submodule(n).get_parameter("weight")) == [n]]
+        models = [model] if reference is None else [reference, model]
+        return Passes(models, alone, self.task, self.batches, self.batch_size)
 
-    def paired_hessian(self, model: nn.Module, reference: nn.Module, name: str) -> PairedHessian:
-        """Return the Hessian of a layer with what its inputs are in `reference`, a model of the same layers."""
-        layer = model.get_submodule(name)
-        parameter = layer.get_parameter("weight")
-        hessian = PairedHessian(layer, name, self._precision(parameter))
-        for user in holders(model, parameter):
-            batches = self.task.calibration(self.batch_size, self.batches)
-            calls = stream_together((reference, model), batches, user, f"calibrating {name}", self.batches)
-            for (before, _), (now, _) in calls:
-                hessian.update_pair(before, now, model.get_submodule(user))
-        return hessian
+    def hessian(self, passes: Passes, name: str) -> InputHessian:
+        """Return the Hessian of a layer over the inputs of all layers that share its weight.
 
-    def _precision(self, parameter: nn.Parameter) -> torch.dtype:
+        With passes through a reference it knows in `cross` what these inputs are there.
+        """
+        model = passes.models[-1]
+        layer = model.get_submodule(name)
         # torch computes in double precision everywhere but on Apple's devices
-        return torch.float32 if parameter.device.type == "mps" else self.dtype
+        dtype = torch.float32 if layer.weight.device.type == "mps" else self.dtype
+        paired = len(passes.models) == 2
+        hessian = PairedHessian(layer, name, dtype) if paired else InputHessian(layer, name, dtype)
+        for user in holders(model, layer.get_parameter("weight")):
+            for *before, inputs in passes.calls(user):
+                if isinstance(hessian, PairedHessian):
+                    hessian.update_pair(before[0], inputs, model.get_submodule(user))
+                else:
+                    hessian.update(inputs, model.get_submodule(user))
+        return hessian
 
     def _places(self, model: nn.Module, weights: Sequence[LayerWeight]) -> dict[str, int]:
         """Return when the first batch reaches each weight, by any of its layers; absent where it does not."""
@@ -114,21 +114,18 @@ def solve_layers_(
     names = list(names)
     later: list[Callable[[], None]] = []
     errors: dict[str, float] = {}
-    for name in track(names, description, len(names)):
-        layer = model.get_submodule(name)
-        if reference is None:
-            hessian = calibration.hessian(model, name)
-        else:
-            hessian = calibration.paired_hessian(model, reference, name)
-        before = as_rows(layer).to(hessian.value)
-        after = solve(name, layer, hessian)
-        errors[name] = hessian.error(after - before) / max(hessian.error(before), 1e-30)
-        log.info("%s: the squared error of its outputs is %.2g of their square", name, errors[name])
-        later.append(partial(_write_, layer.get_parameter("weight"), after))
-        if sequential:
-            later.pop()()
-    for write in later:
-        write()
+    with contextlib.closing(calibration.passes(model, names, reference)) as passes:
+        for name in track(names, description, len(names)):
+            layer, hessian = model.get_submodule(name), calibration.hessian(passes, name)
+            before = as_rows(layer).to(hessian.value)
+            after = solve(name, layer, hessian)
+            errors[name] = hessian.error(after - before) / max(hessian.error(before), 1e-30)
+            log.info("%s: the squared error of its outputs is %.2g of their square", name, errors[name])
+            later.append(partial(_write_, layer.get_parameter("weight"), after))
+            if sequential:
+                later.pop()()
+        for write in later:
+            write()
     return errors
 
 

@@ -186,7 +186,8 @@ class TestCalibration:
         analysis = implement(kind(amount=0.5)).analyze(model, data())
         assert [s.name for s in analysis.skipped] == ["2"]
         technique, task = implement(kind(amount=0.5)), data()
-        assert technique.calibration(task).hessian(model, "0").seen == 2 * 120
+        calibration = technique.calibration(task)
+        assert calibration.hessian(calibration.passes(model), "0").seen == 2 * 120
         pruned = prune(kind(amount=0.5), model, task)
         assert pruned[2].weight is pruned[0].weight
 

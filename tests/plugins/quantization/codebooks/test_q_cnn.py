@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from rarefy.errors import StageError
-from rarefy.hessian import InputHessian
+from rarefy.hessian import InputHessian, PairedHessian
 from rarefy.nouns import implement
 from rarefy.rules import rules_for
 from rarefy.tasks import ClassificationTask
@@ -106,14 +106,15 @@ def test_codes_stay_in_their_blocks() -> None:
 def test_rows_are_refitted_to_what_they_gave_on_other_inputs() -> None:
     layer = nn.Linear(5, 3, bias=False).double()
     x, new = normal(40, 5), normal(40, 5) + 0.3 * normal(40, 5, seed=2)
-    seen = InputHessian(layer, dtype=torch.float64)
-    seen.update(new)
+    seen = PairedHessian(layer, dtype=torch.float64)
+    seen.update_pair(x, new)
     weight = layer.weight.detach().unsqueeze(0)
-    cross = (2 / 40 * x.T @ new).unsqueeze(0)
-    found = refitted(weight, cross, seen, 1e-9)[0]
+    found = refitted(weight, seen, 1e-9)[0]
     wanted = torch.linalg.lstsq(new, x @ weight[0].T).solution.T
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
-    same = refitted(weight, seen.value, seen, 0.01)
+    alone = InputHessian(layer, dtype=torch.float64)
+    alone.update(new)
+    same = refitted(weight, alone, 0.01)
     torch.testing.assert_close(same, weight)
 
 

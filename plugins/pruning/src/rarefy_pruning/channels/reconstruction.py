@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 
 import torch
-from rarefy.calibration import stream_inputs, stream_together
+from rarefy.calibration import stream_inputs
 from rarefy.dependencies import Dependencies, Removal, removed
 from rarefy.hessian import LAYERS, as_rows, vectors
+from rarefy.passes import Passes
 from rarefy.progress import track
 from rarefy.task import Task
 from rarefy.weights import holders
@@ -34,20 +36,18 @@ def reconstruct_(
     gone = removed(found, removal)
     losses = {}
     names = _in_order(model, list(_narrower(model, gone)), task)
-    for name in track(names, "reconstructing", len(names)):
-        wide, narrow = model.get_submodule(name), compact.get_submodule(name)
-        rows = torch.ones(wide.weight.shape[0], dtype=torch.bool, device=wide.weight.device)
-        rows[gone.get((f"{name}.weight", 0), [])] = False
-        fit = _Fit(narrow)
-        calls = stream_together(
-            (model, compact), task.calibration(batches=batches), name, f"calibrating {name}", batches
-        )
-        for (_, wanted), (given, _) in calls:
-            # the channels last, as those of vectors are
-            fit.update(given, wanted.movedim(_channels(wide), -1)[..., rows].flatten(0, -2))
-        if fit.seen:
-            losses[name] = fit.solve_()
-            log.info("%s: %.2g of the square of its outputs is lost", name, losses[name])
+    with contextlib.closing(Passes((model, compact), names, task, batches)) as passes:
+        for name in track(names, "reconstructing", len(names)):
+            wide, narrow = model.get_submodule(name), compact.get_submodule(name)
+            rows = torch.ones(wide.weight.shape[0], dtype=torch.bool, device=wide.weight.device)
+            rows[gone.get((f"{name}.weight", 0), [])] = False
+            fit = _Fit(narrow)
+            for before, given in passes.calls(name):
+                # the channels last, as those of vectors are
+                fit.update(given, wide(before).movedim(_channels(wide), -1)[..., rows].flatten(0, -2))
+            if fit.seen:
+                losses[name] = fit.solve_()
+                log.info("%s: %.2g of the square of its outputs is lost", name, losses[name])
     return losses
 
 

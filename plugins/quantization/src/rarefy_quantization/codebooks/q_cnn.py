@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import torch
-from rarefy.calibration import stream_together
-from rarefy.hessian import InputHessian, as_rows, vectors
+from rarefy.hessian import InputHessian, as_rows
 from rarefy.layerwise import LayerCalibration, solve_layers_, worst_error
 from rarefy.seeds import derive
 from rarefy.task import Task
 from rarefy.technique import Analysis
-from rarefy.weights import holders, layer_weights
+from rarefy.weights import layer_weights
 from rarefy_schemas import LayerReport, SkippedLayer
 from torch import nn
 
@@ -48,14 +46,14 @@ class QCNN(BlockQuantizer[QCNNConfig]):
 
         def solve(name: str, layer: nn.Module, hessian: InputHessian) -> torch.Tensor:
             rows = as_rows(layer).to(hessian.value)
-            if original is not None:
-                cross = self._cross(original, model, name, task, hessian.value)
-                rows = refitted(rows, cross, hessian, self.config.damping)
+            if self.config.correct:
+                rows = refitted(rows, hessian, self.config.damping)
             coded = self.solve(rows, hessian.damped(self.config.damping), derive(self.seed, name))
             found[name] = VectorCoded(coded.codes, coded.codebook.to(layer.weight.dtype), layer.weight.shape)
             return found[name].decode().view_as(rows).to(rows)
 
-        errors = solve_layers_(model, analysis.plan, self._calibration(task), solve, description="quantizing")
+        calibration = self._calibration(task)
+        errors = solve_layers_(model, analysis.plan, calibration, solve, description="quantizing", reference=original)
         if errors:
             self.notes.append(worst_error(errors))
         for name, coded in found.items():
@@ -74,18 +72,3 @@ class QCNN(BlockQuantizer[QCNNConfig]):
     def _calibration(self, task: Task) -> LayerCalibration:
         config = self.config
         return LayerCalibration(task, config.batches, config.batch_size, config.max_inputs, torch.float64)
-
-    def _cross(
-        self, original: nn.Module, model: nn.Module, name: str, task: Task, hessian: torch.Tensor
-    ) -> torch.Tensor:
-        """Return 2/N sum x x'^T of a layer's inputs x in the original and x' in the model, of the shape of its H."""
-        config, cross, seen = self.config, torch.zeros_like(hessian), 0
-        for user in holders(model, model.get_submodule(name).weight):
-            batches = task.calibration(config.batch_size, config.batches)
-            calls = stream_together((original, model), batches, user, f"calibrating {name}", config.batches)
-            seen_by = partial(vectors, model.get_submodule(user))
-            for (before, _), (now, _) in calls:
-                for x, new in zip(seen_by(before.to(cross)), seen_by(now.to(cross)), strict=True):
-                    seen += x.shape[1]
-                    cross.baddbmm_(x.mT, new, beta=1 - x.shape[1] / seen, alpha=2 / seen)
-        return cross

@@ -119,14 +119,14 @@ class Responses:
         return torch.where(unused[:, None, None], torch.eye(length, dtype=sums.dtype, device=sums.device), sums)
 
 
-def refitted(rows: torch.Tensor, cross: torch.Tensor, hessian: InputHessian, damping: float) -> torch.Tensor:
-    """Return the rows that give, on the inputs x' of `hessian`, most nearly what `rows` give on the inputs x.
+def refitted(rows: torch.Tensor, hessian: InputHessian, damping: float) -> torch.Tensor:
+    """Return the rows that give, on the inputs x' of `hessian`, most nearly what `rows` give on those they should have.
 
-    `cross` is 2/N sum x x'^T, (groups, columns, columns). With W the rows, R the damping and H = 2/N sum x' x'^T, they
-    are the V of least |W x - V x'|^2 + |V - W|_R^2: V = W (cross + R) (H + R)^-1.
+    With W the rows, R the damping and K = 2/N sum x x'^T the `cross` of the Hessian H, they are the V of least
+    |W x - V x'|^2 + |V - W|_R^2: V = W (K + R) (H + R)^-1.
     """
     damped = hessian.damped(damping)
-    wanted = rows @ (cross + damped - hessian.value)
+    wanted = rows @ (hessian.cross + damped - hessian.value)
     return torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(damped)).mT
 
 
