@@ -6,6 +6,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from rarefy.layerwise import LayerCalibration, solve_layers_
 from rarefy.passes import Passes, walk
 from rarefy.testing.subjects import Inputs
 from torch import nn
+
+TASKS = Path("/proc/self/task")
 
 
 class Counted(nn.Module):
@@ -82,6 +85,17 @@ class TestWalk:
         calls.close()
         assert model[4].count == 0
         assert_left_alone(model)
+
+    @pytest.mark.skipif(not TASKS.is_dir(), reason="threads are counted in /proc")
+    def test_it_computes_with_as_many_threads_as_the_caller(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3))
+        x = torch.randn(8, 3, 32, 32)
+        model(x)
+        before = len(list(TASKS.iterdir()))  # conftest.py: one to compute with
+        calls = walk(model, (x,), ["1"])
+        next(calls)
+        assert len(list(TASKS.iterdir())) == before + 1
+        calls.close()
 
     def test_an_error_of_the_model_reaches_the_caller(self) -> None:
         model = chain().eval()

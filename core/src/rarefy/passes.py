@@ -115,14 +115,15 @@ class _Walker(threading.Thread):
         self.turn, self.back = threading.Semaphore(0), threading.Semaphore(0)
         self.call: tuple[str, torch.Tensor] | None = None
         self.error: BaseException | None = None
-        # torch keeps these per thread
-        self.default_device = torch.get_default_device()
+        # torch, or the libraries below it, keep these per thread
+        self.threads, self.default_device = torch.get_num_threads(), torch.get_default_device()
         self.device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 
     def run(self) -> None:
         """Compute until the end, or until the caller leaves."""
         self.turn.acquire()
         try:
+            torch.set_num_threads(self.threads)
             if self.device_index is not None:
                 torch.accelerator.set_device_index(self.device_index)
             if self.default_device.type != "cpu":
