@@ -27,7 +27,7 @@ def register_techniques():
     return [Config]
 """
 
-CORE = {"recovery/batch-norm"}
+CORE = {"prepare/linear", "recovery/batch-norm"}
 """Techniques that are there without any plugin."""
 
 

@@ -6,9 +6,12 @@ import importlib.util
 from typing import Any
 
 import pytest
+import torch
 from rarefy.recipe import load_recipe
 from rarefy.registry import get
 from rarefy.testing import check_exporter, check_objective, check_technique
+from rarefy.testing.subjects import small_model
+from torch import nn
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "distillation/logits": [
@@ -56,6 +59,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pruning/snip": [{"amount": 0.6}, {"amount": 0.6, "schedule": "cubic", "finetune": {}}],
     "pruning/sparsegpt": [{"amount": 0.6, "batches": 2}, {"pattern": "2:4", "batches": 2, "finetune": {}}],
     "pruning/wanda": [{"amount": 0.6}, {"pattern": "2:4", "schedule": "iterative", "finetune": {}}],
+    "prepare/linear": [{}],
     "recovery/batch-norm": [{}],
     "quantization/adaround": [
         {"bits": 3, "batches": 2, "iterations": 20},
@@ -130,12 +134,34 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 3, "importance": "curvature", "batches": 1},
     ],
 }
+
+
+def with_a_linear_layer_of_another_class() -> nn.Module:
+    model = small_model()
+    layer: Any = model.get_submodule("hidden")
+    model.set_submodule("hidden", Transposed(layer))
+    return model
+
+
+class Transposed(nn.Module):
+    """A linear layer with its weight the other way round."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(layer.weight.detach().T.contiguous()), layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+MODELS = {"prepare/linear": with_a_linear_layer_of_another_class}
 CASES = [(name, options) for name in get().techniques for options in OPTIONS.get(name, [{}, {"finetune": {}}])]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
 def test_technique(name: str, options: dict[str, Any]) -> None:
-    check_technique(load_recipe({"steps": [{"technique": name, **options}]}).steps[0])
+    step = load_recipe({"steps": [{"technique": name, **options}]}).steps[0]
+    check_technique(step, model=MODELS.get(name, small_model)())
 
 
 @pytest.mark.parametrize("name", list(get().objectives))

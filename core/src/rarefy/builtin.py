@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 @hookimpl
 def register_techniques() -> Iterable[type[TechniqueConfig]]:
     """Register the steps that belong to no family."""
+    from rarefy.preparation.config import LinearLayersConfig
     from rarefy.recovery.config import BatchNormConfig
 
-    return [BatchNormConfig]
+    return [LinearLayersConfig, BatchNormConfig]
 
 
 @hookimpl

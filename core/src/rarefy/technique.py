@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -109,18 +109,40 @@ def select(model: nn.Module, config: TechniqueConfig, derived: bool | None = Non
             f"no layer matches the targets of {config.registered_name()!r}: include {list(config.targets.include)}, "
             f"exclude {list(config.targets.exclude)}, types {list(config.targets.types or kinds)}. "
             f"The model has layers of types {', '.join(have) or 'none'}; `rarefy analyze MODEL` lists their names."
+            + "".join(f" {layer.name!r}: {layer.reason}." for layer in passed_over(model, config, ())[:1])
         )
+
+
+def passed_over(model: nn.Module, config: TechniqueConfig, targets: Collection[str]) -> list[SkippedLayer]:
+    """Return the layers that are no targets for their class alone, each with the reason."""
+    from rarefy.preparation.linear import as_linear
+
+    found = []
+    for name, layer in model.named_modules():
+        kind = type(layer).__name__
+        if not name or name in targets or is_torch(type(layer)) or not config.targets.matches(name, kind):
+            continue
+        base = derived_from(layer, config.traits.layers)
+        if base is not None:
+            reason = f"its class is derived from {base}, and what it computes is not known to this technique"
+        elif "Linear" in config.traits.layers and as_linear(layer) is not None:
+            reason = "it computes what torch's Linear does under another class; put `prepare/linear` before this step"
+        else:
+            continue
+        found.append(SkippedLayer(name=name, kind=kind, reason=reason))
+    return found
 
 
 def derived_from(module: nn.Module, kinds: Sequence[str]) -> str | None:
     """Return the class of torch, one of `kinds`, that somebody else's class of a module is derived from."""
     classes = type(module).__mro__
-    if _is_torch(classes[0]):
+    if is_torch(classes[0]):
         return None
-    return next((base.__name__ for base in classes[1:] if _is_torch(base) and base.__name__ in kinds), None)
+    return next((base.__name__ for base in classes[1:] if is_torch(base) and base.__name__ in kinds), None)
 
 
-def _is_torch(kind: type) -> bool:
+def is_torch(kind: type) -> bool:
+    """Tell whether a class of modules is torch's own."""
     return kind.__module__.partition(".")[0] == "torch"
 
 
@@ -164,8 +186,9 @@ class LayerTechnique(Technique[ConfigT]):
 
     def analyze(self, model: nn.Module, task: Task) -> Analysis:
         """Plan every target layer; refuse weights that are not finite."""
-        layers, skipped, plans = [], [], {}
-        for name, layer in select(model, self.config):
+        targets = dict(select(model, self.config))
+        layers, skipped, plans = [], passed_over(model, self.config, targets), {}
+        for name, layer in targets.items():
             kind = type(layer).__name__
             weight = getattr(layer, "weight", None)
             if weight is not None and weight.numel() == 0:

@@ -11,7 +11,7 @@ from rarefy_schemas import SkippedLayer, TechniqueConfig
 from torch import nn
 
 from rarefy.errors import StageError
-from rarefy.technique import derived_from, refuse_not_finite, select
+from rarefy.technique import passed_over, refuse_not_finite, select
 
 V = TypeVar("V")
 
@@ -37,14 +37,9 @@ def layer_weights(model: nn.Module, config: TechniqueConfig) -> tuple[list[Layer
     Raises `StageError` when no layer is a target or a weight is NaN or infinite.
     """
     weights: list[LayerWeight] = []
-    skipped: list[SkippedLayer] = []
     owners: dict[nn.Parameter, str] = {}
     targets = dict(select(model, config))
-    for name, layer in model.named_modules():
-        kind, base = type(layer).__name__, derived_from(layer, config.traits.layers)
-        if name and base and name not in targets and config.targets.matches(name, kind):
-            reason = f"its class is derived from {base}, and what it computes is not known to this technique"
-            skipped.append(SkippedLayer(name=name, kind=kind, reason=reason))
+    skipped = passed_over(model, config, targets)
     for name, layer in targets.items():
         parameter = dict(layer.named_parameters(recurse=False)).get("weight")
         if parameter is not None:
