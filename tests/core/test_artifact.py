@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rarefy import artifact
 from rarefy.artifact import codebook, symbols
 from rarefy.artifact.bits import DTYPES, from_bits, to_bits
+from rarefy.artifact.memory import Memory
 from rarefy.errors import ArtifactError, RecipeError, StageError
 from rarefy.modules import Base
 from rarefy_schemas import ARTIFACT_VERSION, ModelReference
@@ -541,3 +542,35 @@ def test_deeply_nested_modules_are_refused_or_built(sound: Path) -> None:
 def test_truth_values_other_than_0_and_1_are_refused() -> None:
     with pytest.raises(ArtifactError, match="neither 0 nor 1"):
         from_bits(np.array([0, 1, 2], "u1"), torch.bool, (3,))
+
+
+class TestMemory:
+    """Tensors that were encoded before are not encoded again."""
+
+    def test_a_second_file_is_the_same_and_takes_no_encoding(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noise = torch.randint(256, (64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+        model = holding(pruned_and_shared((40, 50), 0.31, 16), noise)
+        first = write(model, tmp_path / "first").read_bytes()
+        monkeypatch.setattr(artifact, "_tried", None)
+        assert write(copy.deepcopy(model), tmp_path / "second").read_bytes() == first
+        monkeypatch.undo()
+        model.t1[0] += 1  # plain elements are not remembered
+        again = rarefy.load(write(model, tmp_path / "third"), base=model)
+        assert torch.equal(again.t1, model.t1)
+
+    def test_what_was_not_asked_for_the_longest_is_forgotten(self) -> None:
+        memory = Memory(most=10)
+        for key in "abc":
+            memory.put(key, ("codebook", b"1234"))
+        assert memory.get("a") is None
+        assert memory.get("b") == ("codebook", b"1234")
+        memory.put("d", ("codebook", b"12"))
+        memory.put("e", ("codebook", b"1"))
+        assert memory.get("c") is None
+        assert memory.get("b") is not None
+        memory.put("f", ("codebook", bytes(11)))
+        assert [memory.get(key) for key in "bdef"] == [None] * 4
+        memory.put("g", ("raw", b""))
+        assert memory.get("g") == ("raw", b"")

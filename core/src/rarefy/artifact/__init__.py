@@ -17,12 +17,15 @@ from rarefy.artifact import paths, relative, steps, symbols, vectors
 from rarefy.artifact.bits import DTYPES, Bits, elements, from_bits, name_of, row_width, stored, to_bits
 from rarefy.artifact.container import Container, head, opened
 from rarefy.artifact.filling import fill, tensors_of
+from rarefy.artifact.memory import Encoded, Memory
 from rarefy.errors import ArtifactError
 from rarefy.files import atomic_write
 from rarefy.modules import Base, build, describe
 from rarefy.modules.difference import is_own_code
 
 __all__ = ["TensorRow", "assemble", "encoded_size", "inspect", "load", "read_manifest", "write"]
+
+_MEMORY = Memory(most=2**26)
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,18 @@ def _encoded(model: nn.Module, base: Base, coder: Coder = "range") -> tuple[byte
 
 
 def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...], coder: Coder) -> tuple[Coding, memoryview]:
-    """Return the coding that takes the fewest bytes, and these; the simpler one of equals."""
-    plain: tuple[Coding, memoryview] = ("raw", memoryview(bits.view(np.uint8)))  # type: ignore[arg-type]
+    """Return the coding that takes the fewest bytes, and these."""
+    plain = memoryview(bits.view(np.uint8))  # type: ignore[arg-type]
+    key = (hashlib.sha256(plain).digest(), dtype, shape, coder)
+    found = _MEMORY.get(key)
+    if found is None:
+        found = _tried(bits, dtype, shape, coder)
+        _MEMORY.put(key, found)
+    return found[0], plain if found[0] == "raw" else memoryview(found[1])
+
+
+def _tried(bits: Bits, dtype: str, shape: tuple[int, ...], coder: Coder) -> Encoded:
+    """Return the coding that takes the fewest bytes, the simpler one of equals, and these, but none for plain ones."""
     coded: dict[Coding, bytes | None]
     if coder == "huffman":
         coded = {"huffman": relative.encode(bits)}
@@ -143,8 +156,8 @@ def _smallest(bits: Bits, dtype: str, shape: tuple[int, ...], coder: Coder) -> t
         }
         least = min(len(part) for part in coded.values() if part is not None)
         coded["vectors"] = vectors.encode(bits, shape, least)
-    parts = [plain, *((coding, memoryview(part)) for coding, part in coded.items() if part is not None)]
-    return min(parts, key=lambda part: len(part[1]))
+    smallest = min(((c, part) for c, part in coded.items() if part is not None), key=lambda p: len(p[1]), default=None)
+    return smallest if smallest is not None and len(smallest[1]) < bits.nbytes else ("raw", b"")
 
 
 def _decoded(container: Container, entry: TensorEntry, part: bytearray) -> torch.Tensor:
