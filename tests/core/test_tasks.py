@@ -152,3 +152,37 @@ def test_too_few_samples_to_set_some_aside() -> None:
     with pytest.raises(RecipeError, match="too few to set 10% aside for the split 'validation'"):
         ClassificationTask.from_arrays(X[:3], Y[:3])
     assert ClassificationTask.from_arrays(X[:3], Y[:3], validation=(X, Y), test=(X, Y)).has_labels
+
+
+class TestPositions:
+    """A label per position of a sample, as the next tokens of a text."""
+
+    def test_loss_and_score_count_every_position_that_has_a_label(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(7, (40, 6), generator=generator)
+        labels[:, -1] = -100
+        task = ClassificationTask.from_arrays(torch.arange(40).view(-1, 1), labels, batch_size=8)
+        logits = torch.randn(40, 6, 7, generator=generator)
+        model = nn.Module()
+        model.forward = lambda rows: logits[rows.flatten()]  # type: ignore[method-assign]
+        for split in ("train", "validation", "test"):
+            chosen = torch.cat([x.flatten() for x, _ in task.loader(split)])
+            right = (logits[chosen].argmax(-1) == labels[chosen]).sum()
+            assert task.score(model, split) == pytest.approx(int(right) / (5 * len(chosen)))
+        batch = next(iter(task.loader("train")))
+        rows = batch[0].flatten()
+        expected = torch.stack([
+            nn.functional.cross_entropy(logits[row, place], labels[row, place]) for row in rows for place in range(5)
+        ]).mean()  # fmt: skip
+        torch.testing.assert_close(task.loss(model(batch[0]), batch), expected)
+
+    def test_logits_of_another_shape_are_told(self) -> None:
+        task = ClassificationTask.from_arrays(torch.zeros(20, 3), torch.zeros(20, 4, dtype=torch.long))
+        with pytest.raises(RecipeError, match=r"logits of shape \(14, 9, 4\) do not fit labels of shape \(14, 4\)"):
+            task.loss(torch.zeros(14, 9, 4), next(iter(task.loader("train"))))
+
+    def test_a_split_in_which_no_place_counts_has_no_score(self) -> None:
+        task = ClassificationTask.from_arrays(torch.zeros(20, 3), torch.full((20, 4), -100))
+        model = nn.Module()
+        model.forward = lambda x: torch.zeros(len(x), 4, 9)  # type: ignore[method-assign]
+        assert math.isnan(task.score(model, "test"))

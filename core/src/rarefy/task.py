@@ -42,7 +42,7 @@ class Task(Protocol):
         """Return the scalar mean loss of `outputs` on `batch`."""
 
     def labels(self, batch: Any) -> torch.Tensor:
-        """Return the labels of a batch, `(samples,)`."""
+        """Return the labels of a batch, `(samples, ...)`."""
 
     def score(self, model: nn.Module, split: Split) -> float:
         """Return the metric of `model` on a split; training mode is restored."""

@@ -19,6 +19,8 @@ from rarefy.seeds import derive, seeded
 from rarefy.tasks.splits import set_aside
 
 Data = tuple[Any, Any]
+IGNORED = -100
+"""Label of a place that does not count, as in torch."""
 
 
 class _Batches(Dataset[Any]):
@@ -46,7 +48,11 @@ def _whole(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Inputs and class labels; cross-entropy and accuracy (share, 0 to 1)."""
+    """Inputs and class labels; cross-entropy and accuracy (share, 0 to 1).
+
+    A sample has one label, or one per position, as the next tokens of a text: `(samples, *positions)`. The classes are
+    the last dimension of the logits, `(samples, *positions, classes)`.
+    """
 
     splits: dict[Split, Dataset[Any]]
     """Each yields (input, label), or (input,) without labels."""
@@ -70,6 +76,7 @@ class ClassificationTask:
 
         Where `test` or `validation`, pairs of inputs and labels, are absent, a fifth of the samples and a tenth of the
         rest are set aside by `seed`, each class in proportion. Values of double precision become single.
+        With a label per position chance sets samples aside, and the label -100 marks places that do not count.
         Raises `RecipeError` when sizes do not match, labels are no class numbers, values are not finite, or there are
         too few samples.
         """
@@ -129,28 +136,34 @@ class ClassificationTask:
         return (batch[0],)
 
     def labels(self, batch: Any) -> torch.Tensor:
-        """Return the class numbers, `(samples,)`; raise `RecipeError` when there are none."""
+        """Return the class numbers, `(samples, *positions)`; raise `RecipeError` when there are none."""
         if not self.has_labels:
             raise RecipeError("this task has no labels; use an objective or a technique that needs none")
         return batch[1]  # type: ignore[no-any-return]
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
-        """Return the mean cross-entropy of logits `(samples, classes)`."""
-        return nn.functional.cross_entropy(outputs, self.labels(batch).to(outputs.device))
+        """Return the mean cross-entropy of logits `(samples, *positions, classes)`."""
+        labels = self.labels(batch).to(outputs.device)
+        if outputs.shape[:-1] != labels.shape:
+            raise RecipeError(
+                f"logits of shape {tuple(outputs.shape)} do not fit labels of shape {tuple(labels.shape)}: they need a "
+                "last dimension more, the classes"
+            )
+        return nn.functional.cross_entropy(outputs.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split) -> float:
-        """Return the share of samples whose largest logit is the label's; NaN without labels."""
+        """Return the share of labels that have the largest logit; NaN without labels."""
         if not self.has_labels:
             return math.nan
         device, right, total = device_of(model), 0, 0
         with evaluation(model):
             for batch in self.loader(split, max(self.batch_size, 256)):
-                labels = self.labels(batch)
+                labels = self.labels(batch).to(device)
                 best = model(*move(self.inputs(batch), device)).argmax(-1)
-                right += int((best == labels.to(device)).sum())
-                total += len(labels)
-        return right / total
+                right += int((best == labels).sum())
+                total += int((labels != IGNORED).sum())
+        return right / total if total else math.nan
 
     def example_inputs(self, batch_size: int = 1) -> tuple[Any, ...]:
         """Return the first inputs of the training split, repeated when there are too few."""
@@ -171,10 +184,10 @@ def _tensors(data: Data, split: str) -> TensorDataset:
     y = _tensor(labels)
     if y.shape == (len(x), 1):
         y = y.flatten()
-    if y.shape != (len(x),):
+    if len(y) != len(x):
         raise RecipeError(f"the split {split!r} has {len(x)} inputs and labels of shape {tuple(y.shape)}")
-    if y.is_floating_point() or int(y.min()) < 0:
-        raise RecipeError(f"the labels of the split {split!r} must be class numbers from 0 on")
+    if y.is_floating_point() or ((y < 0) & (y != IGNORED)).any():
+        raise RecipeError(f"the labels of the split {split!r} must be class numbers from 0 on, or {IGNORED} for none")
     return TensorDataset(x, y.long())
 
 

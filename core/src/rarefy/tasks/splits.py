@@ -43,14 +43,15 @@ def set_aside(data: Dataset[Any], share: float, seed: int, split: str) -> tuple[
 
 
 def _classes(data: Dataset[Any]) -> torch.Tensor:
-    """Return the labels of a data set that knows them, and one class for all samples otherwise."""
+    """Return the labels of a data set that knows one for each sample, and one class for all samples otherwise."""
     if isinstance(data, Subset):
         return _classes(data.dataset)[torch.as_tensor(data.indices)]
     if isinstance(data, TensorDataset):
         known = data.tensors[1] if len(data.tensors) > 1 else None
     else:
         known = getattr(data, "targets", None)
-    return torch.zeros(len(data)) if known is None else torch.as_tensor(known)  # type: ignore[arg-type]
+    labels = None if known is None else torch.as_tensor(known)
+    return torch.zeros(len(data)) if labels is None or labels.dim() != 1 else labels  # type: ignore[arg-type]
 
 
 def _part(data: Dataset[Any], indices: torch.Tensor) -> Dataset[Any]:
