@@ -71,7 +71,7 @@ def _size(step: StageReport, previous: StageReport) -> list[str]:
     grown = _ratio(step, previous, "parameters", above=1)
     if grown:
         return [f"Parameters grew from {_pair(step, previous, 'parameters')}."]
-    if _ratio(step, previous, "parameters") != 1 or (step.technique or "").startswith("recovery/"):
+    if _ratio(step, previous, "parameters") != 1 or (step.technique or "").startswith(("prepare/", "recovery/")):
         return []
     smaller = _ratio(previous, step, "bytes", above=SHOWN)
     file = f"the file is {numbers.times(smaller)} smaller" if smaller else "the file did not shrink"
