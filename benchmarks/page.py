@@ -12,6 +12,7 @@ from pathlib import Path
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 MODULES = (
     "spine",
+    "passes",
     "pruning.coverage",
     "pruning.versus_torch_pruning",
     "pruning.reconstruction",
