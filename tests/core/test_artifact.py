@@ -561,16 +561,14 @@ class TestMemory:
         assert torch.equal(again.t1, model.t1)
 
     def test_what_was_not_asked_for_the_longest_is_forgotten(self) -> None:
-        memory = Memory(most=10)
-        for key in "abc":
-            memory.put(key, ("codebook", b"1234"))
+        memory = Memory(most=1000)
+        for key in "abcd":  # of which three fit
+            memory.put(key, ("raw", b""))
         assert memory.get("a") is None
-        assert memory.get("b") == ("codebook", b"1234")
-        memory.put("d", ("codebook", b"12"))
-        memory.put("e", ("codebook", b"1"))
-        assert memory.get("c") is None
-        assert memory.get("b") is not None
-        memory.put("f", ("codebook", bytes(11)))
+        assert memory.get("b") == ("raw", b"")
+        memory.put("e", ("codebook", b"12"))
+        assert [memory.get(key) is None for key in "bcde"] == [False, True, False, False]
+        memory.put("f", ("codebook", bytes(1000)))
         assert [memory.get(key) for key in "bdef"] == [None] * 4
-        memory.put("g", ("raw", b""))
-        assert memory.get("g") == ("raw", b"")
+        memory.put("g", ("codebook", b"1"))
+        assert memory.get("g") == ("codebook", b"1")

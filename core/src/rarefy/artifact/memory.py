@@ -8,6 +8,8 @@ from collections.abc import Hashable
 from rarefy_schemas import Coding
 
 Encoded = tuple[Coding, bytes]
+_ENTRY = 256
+"""Bytes that an entry takes beside what was encoded."""
 
 
 class Memory:
@@ -26,7 +28,7 @@ class Memory:
     def put(self, key: Hashable, found: Encoded) -> None:
         """Remember a coding that is not there yet, and forget those that were not asked for the longest."""
         self._found[key] = found
-        self._bytes += len(found[1])
+        self._bytes += len(found[1]) + _ENTRY
         while self._bytes > self._most:
             _, (_, part) = self._found.popitem(last=False)
-            self._bytes -= len(part)
+            self._bytes -= len(part) + _ENTRY
