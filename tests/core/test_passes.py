@@ -215,6 +215,13 @@ class TestPasses:
         assert model.training
         assert_left_alone(model)
 
+    def test_without_data_nothing_is_begun(self) -> None:
+        model, fast = chain().train(), torch.backends.mha.get_fastpath_enabled()
+        with pytest.raises(StageError, match="gives no batches"):
+            Passes([model], ["0"], Inputs())
+        assert model.training
+        assert torch.backends.mha.get_fastpath_enabled() == fast
+
     def test_layers_that_are_not_asked_for_are_gone_past_and_come_later(self) -> None:
         models = chain().train(), chain().train()
         data = Inputs(*(batch for (batch,) in batches()))

@@ -37,11 +37,11 @@ class Passes:
     ) -> None:
         """Begin with the layers `names` in mind, none of which shares its weight; all models have them."""
         self.models, self.task, self.count, self.size = models, task, batches, batch_size
+        self.once = self._called_once(names)
+        self.walks = [[walk(model, batch, self.once) for model in models] for batch in self._batches() if self.once]
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(evaluation(*models))
         self.stack.enter_context(without_fast_path())
-        self.once = self._called_once(names)
-        self.walks = [[walk(model, batch, self.once) for model in models] for batch in self._batches() if self.once]
 
     def calls(self, name: str) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield what each call of a layer is given, in each of the models; the layers are asked for in turn."""
