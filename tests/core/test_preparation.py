@@ -55,7 +55,7 @@ def test_a_linear_layer_is_one_whichever_way_its_weight_lies(outputs: int, bias:
     "use",
     [
         lambda layer, x: product(layer, x).relu(),
-        lambda layer, x: product(layer, x) * 2,
+        lambda layer, x: product(layer, x) * 1.001,
         lambda layer, x: product(layer, F.dropout(x, 0.5, layer.training)),
         lambda layer, x: product(layer, x) if x.dim() == 2 else product(layer, x.flip(1)),
         lambda layer, x: (product(layer, x), None),
@@ -64,8 +64,9 @@ def test_a_linear_layer_is_one_whichever_way_its_weight_lies(outputs: int, bias:
     ],
     ids=["a nonlinearity", "a factor", "dropout", "other dimensions", "a tuple", "a sum", "an error"],
 )
-def test_what_computes_something_else_is_none(use: Any) -> None:
-    layer = Foreign(use)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_computes_something_else_is_none(use: Any, dtype: torch.dtype) -> None:
+    layer = Foreign(use).to(dtype)
     layer.train()
     assert as_linear(layer) is None
     assert layer.training
