@@ -47,12 +47,11 @@ class LinearLayers(LayerTechnique[LinearLayersConfig]):
     def predict(self, model: nn.Module) -> nn.Module:
         """Return the model with the layers replaced whose outputs have the shape."""
         model = copy.deepcopy(model)
-        shared = _shared(model)
-        for _, layer in list(select(model, self.config)):
-            if not is_torch(type(layer)) and shared.isdisjoint(layer.parameters()):
-                linear = as_linear(layer)
-                if linear is not None:
-                    replace_(model, layer, linear)
+        self.shared = _shared(model)
+        for name, layer in list(select(model, self.config)):
+            plan = self.plan(name, layer)
+            if isinstance(plan, Plan):
+                replace_(model, layer, self.apply(layer, plan))
         return model
 
 
