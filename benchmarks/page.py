@@ -15,7 +15,7 @@ MODULES = (
     "passes",
     "pruning.coverage",
     "pruning.versus_torch_pruning",
-    "pruning.reconstruction",
+    "pruning.criteria",
     "pruning.accuracy",
     "pruning.widths",
     "quantization.coders",

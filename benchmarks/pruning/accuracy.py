@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rarefy import zoo
@@ -38,10 +38,11 @@ RESULTS = Path(__file__).parent.parent / "results" / "pruning-accuracy.json"
 TRAIN = Finetune(epochs=4, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, batch_size=128)
 TUNE = TRAIN.model_copy(update={"epochs": 2, "lr": 0.05})
 NETWORKS = {"resnet20": zoo.resnet20, "resnet56": zoo.resnet56}
-PRECISION: dict[str, Literal["no", "bf16"]] = {"resnet20": "no", "resnet56": "bf16"}
-"""Of all training of a network, on both sides."""
+SPEED: dict[str, dict[str, str]] = {"resnet20": {}, "resnet56": {"precision": "bf16", "memory_format": "channels_last"}}
+"""What makes a network's training take less time, on both sides."""
 LOSSES = {
     "labels": TUNE,
+    "teacher .25": TUNE.model_copy(update={"objective": LogitsConfig(temperature=4.0, alpha=0.25)}),
     "teacher": TUNE.model_copy(update={"objective": LogitsConfig(temperature=4.0, alpha=0.5)}),
     "teacher .9": TUNE.model_copy(update={"objective": LogitsConfig(temperature=4.0, alpha=0.9)}),
 }
@@ -98,7 +99,7 @@ def trained(task: Any, network: str, seed: int, folder: Path | None) -> nn.Modul
     torch.manual_seed(seed)
     model = NETWORKS[network](in_channels=1, shortcut="project")
     file = folder and folder / f"{network}-{seed}.safetensors"
-    config = TRAIN.model_copy(update={"precision": PRECISION[network]})
+    config = TRAIN.model_copy(update=SPEED[network])
     return trained_once(model, file, lambda: fit(model, model, task, config, seed=seed))
 
 
@@ -160,7 +161,7 @@ def _row(network: str, ratio: str, side: str, results: dict[str, dict[str, Any]]
         return statistics.median(run["speed_up"][batch_size][1] for run in runs)
 
     after = [run["test"] for run in runs]
-    label = network if PRECISION[network] == "no" else f"{network}, trained in {PRECISION[network]}"
+    label = f"{network}, trained in {SPEED[network]['precision']}" if SPEED[network] else network
     return [
         f"| {label} | {side} | {choice} | {len(runs)} | {mean(lambda r: r['flops_ratio']):.2f}x fewer | "
         f"{mean(lambda r: r['original_test']):.2%} | {mean(lambda r: r['test']):.2%} ({min(after):.2%} to "
@@ -195,7 +196,7 @@ def compare(
     def run(side: str, name: str, loss: str, seed: int) -> dict[str, Any]:
         cut = ours if side == "rarefy" else theirs
         key = f"{network} | {side} | {name} | {loss} | {ratio:g}x | seed {seed}"
-        tune = LOSSES[loss].model_copy(update={"precision": PRECISION[network]})
+        tune = LOSSES[loss].model_copy(update=SPEED[network])
         return runs.get(key, lambda: measured(task, originals[seed], cut, name, ratio, tune, seed))
 
     first, *others = originals

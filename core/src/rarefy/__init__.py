@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rarefy.api import analyze as analyze
+    from rarefy.api import begin as begin
     from rarefy.api import compress as compress
+    from rarefy.api import export as export
+    from rarefy.api import transform as transform
     from rarefy.artifact import load as load
     from rarefy.errors import ArtifactError as ArtifactError
     from rarefy.errors import PluginError as PluginError
@@ -19,8 +22,10 @@ if TYPE_CHECKING:
     from rarefy.objective import Objective as Objective
     from rarefy.recipe import load_recipe as load_recipe
     from rarefy.source import Source as Source
+    from rarefy.step import Step as Step
     from rarefy.task import Task as Task
     from rarefy.tasks import ClassificationTask as ClassificationTask
+    from rarefy.tasks import InputsTask as InputsTask
     from rarefy.technique import Analysis as Analysis
     from rarefy.technique import LayerTechnique as LayerTechnique
     from rarefy.technique import Plan as Plan
@@ -33,7 +38,10 @@ __version__ = "0.1.0"
 # `import rarefy` stays light: each name is imported when it is first used
 _HOMES = {
     "analyze": "api",
+    "begin": "api",
     "compress": "api",
+    "export": "api",
+    "transform": "api",
     "load": "artifact",
     "ArtifactError": "errors",
     "PluginError": "errors",
@@ -45,8 +53,10 @@ _HOMES = {
     "Objective": "objective",
     "load_recipe": "recipe",
     "Source": "source",
+    "Step": "step",
     "Task": "task",
     "ClassificationTask": "tasks",
+    "InputsTask": "tasks",
     "Analysis": "technique",
     "LayerTechnique": "technique",
     "Plan": "technique",

@@ -17,25 +17,31 @@ from rarefy.exporter import Exporter
 from rarefy.files import atomic_write, make_folder
 from rarefy.modules import Base
 from rarefy.modules.skeleton import skeleton
-from rarefy.nouns import implement
+from rarefy.nouns import implement, implementation
 from rarefy.task import Task
 
 
 def export_one(
     model: nn.Module, base: Base, task: Task, config: ExporterConfig, directory: Path, original_bytes: int
 ) -> ExportReport:
-    """Write `model` as `directory/model.*` in the format of `config`, and report its bytes and exactness.
+    """Write `model` as `directory/model.*` by `export_to`; the folder is made."""
+    make_folder(directory)
+    path = directory / f"model{implementation(type(config)).suffix}"
+    return export_to(path, model, base, task, config, original_bytes)
+
+
+def export_to(
+    path: Path, model: nn.Module, base: Base, task: Task, config: ExporterConfig, original_bytes: int
+) -> ExportReport:
+    """Write `model` to `path` in the format of `config`, and report its bytes and exactness.
 
     Outputs are compared on `task.example_inputs` of one sample and of three, and what the exporter itself measures is
-    reported too. `original_bytes` is the size of the
-    original network's float32 file. Raises `StageError`, leaving no new file, when the format cannot hold the model
-    or when the re-opened file gives other outputs.
+    reported too. `original_bytes` is the size of the original network's float32 file. Raises `StageError`, leaving no
+    new file, when the format cannot hold the model or when the re-opened file gives other outputs.
     """
     exporter: Exporter[Any] = implement(config)
     name = config.registered_name()
     model = copy.deepcopy(model).cpu().eval()
-    make_folder(directory)
-    path = directory / f"model{exporter.suffix}"
     with atomic_write(path) as temporary, torch.no_grad():
         try:
             exporter.write(model, base, task, temporary)
@@ -51,7 +57,7 @@ def export_one(
     notes = (*exporter.notes, *(() if small else ("this file is not smaller than the original's float32 file",)))
     return ExportReport(
         format=name,
-        path=f"{directory.resolve().name}/{path.name}",
+        path=f"{path.resolve().parent.name}/{path.name}",
         bytes=size,
         rate=original_bytes / size,
         max_difference=difference,

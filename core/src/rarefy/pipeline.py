@@ -12,7 +12,6 @@ from typing import Any
 from rarefy_schemas import (
     BudgetReport,
     ExportReport,
-    Finetune,
     Measurement,
     Recipe,
     Report,
@@ -23,11 +22,10 @@ from torch import nn
 
 from rarefy import artifact, distributed
 from rarefy.environment import environment
-from rarefy.errors import PluginError, RecipeError, StageError
+from rarefy.errors import PluginError, RecipeError
 from rarefy.files import atomic_write
 from rarefy.measure import histograms, layer_parameters
 from rarefy.modules import Base
-from rarefy.nouns import implement
 from rarefy.order import check_order
 from rarefy.progress import track
 from rarefy.recipe import dump_recipe
@@ -35,10 +33,11 @@ from rarefy.references import build_model, build_task
 from rarefy.registry import Registry, get
 from rarefy.report import render, words
 from rarefy.rundir import RunDir
-from rarefy.seeds import derive, seed_everything
-from rarefy.soundness import one_zero_, refuse_broken_weights, refuse_other_outputs, try_out
+from rarefy.seeds import derive
+from rarefy.soundness import refuse_broken_weights, refuse_other_outputs
+from rarefy.step import Step, finetune, refuse_missing_labels, technique_of
 from rarefy.task import Task
-from rarefy.technique import Analysis, Technique
+from rarefy.technique import Technique
 
 log = logging.getLogger("rarefy")
 
@@ -133,7 +132,8 @@ class Pipeline:
         training: tuple[dict[str, float], ...] = ()
         if self.recipe.train_first is not None:
             log.info("training the model before anything is compressed")
-            training = self._finetune(None, state.model, state.model, self.recipe.train_first, -1)
+            seed = derive(self.recipe.seed, "finetune", -1)
+            training = finetune(self.registry, None, state.model, state.model, self.task, self.recipe.train_first, seed)
         state.model.eval()
         if distributed.is_main():
             self._save_original(state.model)
@@ -149,9 +149,7 @@ class Pipeline:
     # One step
 
     def _technique(self, index: int, config: TechniqueConfig) -> Technique[Any]:
-        technique = implement(config)
-        if not isinstance(technique, Technique):
-            raise PluginError(f"{config.implementation} is not a subclass of rarefy.Technique")
+        technique = technique_of(config)
         technique.seed = derive(self.recipe.seed, "step", index)
         earlier = self.recipe.steps[:index]
         technique.zeros_to_keep = config.traits.keeps_zeros and any(step.traits.makes_zeros for step in earlier)
@@ -168,69 +166,21 @@ class Pipeline:
         log.info("step %d of %d: %s", index + 1, len(self.techniques), name)
         began = time.monotonic()
         technique.original = original
-        analysis = self._analyze(technique, state.model)
-        model, training = self._changed(index, technique, analysis, state.model, original)
+        step = Step(technique, state.model, self.task, self.registry)
+        training = step.finetune(original, derive(self.recipe.seed, "finetune", index))
+        model = step.finish()
         report = StageReport(
             index=index,
             name=name,
             technique=technique.config.registered_name(),
             config=technique.config.model_dump(mode="json"),
-            layers=analysis.layers,
-            skipped=analysis.skipped,
+            layers=step.analysis.layers,
+            skipped=step.analysis.skipped,
             training=training,
-            notes=tuple(technique.notes),
+            notes=step.notes,
         )
         state.model = model
         self._finish_stage(state, original, report, began)
-
-    def _analyze(self, technique: Technique[Any], model: nn.Module) -> Analysis:
-        seed_everything(technique.seed)
-        analysis = self.registry.hook.analyze(technique=technique, model=model, task=self.task)
-        if not isinstance(analysis, Analysis):
-            raise StageError(f"{type(technique).__name__}.analyze returned {analysis!r}; return an Analysis")
-        config = technique.config
-        if not analysis.layers and not config.traits.new_architecture and not config.allow_unchanged:
-            reasons = "".join(f"\n  {layer.name}: {layer.reason}" for layer in analysis.skipped[:20])
-            raise StageError(
-                f"{config.registered_name()!r} would change nothing; set `allow_unchanged: true` to accept that."
-                f"{reasons}"
-            )
-        return analysis
-
-    def _changed(
-        self, index: int, technique: Technique[Any], analysis: Analysis, model: nn.Module, original: nn.Module
-    ) -> tuple[nn.Module, tuple[dict[str, float], ...]]:
-        seed_everything(technique.seed)
-        changed = self.registry.hook.transform(
-            technique=technique, model=copy.deepcopy(model), analysis=analysis, task=self.task
-        )
-        if not isinstance(changed, nn.Module):
-            raise StageError(f"{type(technique).__name__}.transform returned {changed!r}; return a Module")
-        changed.to(self.recipe.device)
-        try_out(changed, self.task, self.recipe.device, technique.config.registered_name())
-        distributed.same_everywhere_(changed)
-        training: tuple[dict[str, float], ...] = ()
-        if technique.config.finetune is not None:
-            training = self._finetune(technique, changed, original, technique.config.finetune, index)
-        changed = technique.consolidate(changed).eval()
-        refuse_broken_weights(changed)
-        one_zero_(changed)
-        return changed, training
-
-    def _finetune(
-        self, technique: Technique[Any] | None, model: nn.Module, teacher: nn.Module, config: Finetune, index: int
-    ) -> tuple[dict[str, float], ...]:
-        trained = self.registry.hook.finetune(
-            technique=technique,
-            model=model,
-            teacher=teacher,
-            task=self.task,
-            config=config,
-            seed=derive(self.recipe.seed, "finetune", index),
-        )
-        if trained.model is not model:
-            raise StageError("the hook `finetune` must train the given model in place")
-        return tuple(trained.history)
 
     # Checkpoints
 
@@ -359,19 +309,9 @@ class Pipeline:
     def _check_data(self) -> None:
         if self.recipe.budgets.latency is not None and not self.recipe.evaluate.batch_sizes:
             raise RecipeError("budgets.latency needs at least one batch size in evaluate.batch_sizes")
-        if self.task.has_labels:
-            return
-        trainings = [("train_first", self.recipe.train_first)]
-        trainings += [(f"steps.{i}.finetune", step.finetune) for i, step in enumerate(self.recipe.steps)]
-        for place, training in trainings:
-            if training is not None and training.objective.needs_labels:
-                raise RecipeError(
-                    f"{place}: the objective {training.objective.registered_name()!r} needs labels and the task has "
-                    "none; use an objective that learns from the original model, or give the task labels"
-                )
+        refuse_missing_labels(self.recipe.train_first, self.task, "train_first: ")
         for i, step in enumerate(self.recipe.steps):
-            if step.needed_data() == "labelled":
-                raise RecipeError(f"steps.{i}: {step.registered_name()!r} needs labels and the task has none")
+            refuse_missing_labels(step, self.task, f"steps.{i}: ")
 
 
 def run(

@@ -29,11 +29,23 @@ def one_zero_(model: nn.Module) -> None:
             parameter.add_(0.0)
 
 
-def _example(task: Task, device: str) -> list[Any]:
+def _example(task: Task, device: torch.device | str) -> list[Any]:
     return [x.to(device) if isinstance(x, torch.Tensor) else x for x in task.example_inputs(2)]
 
 
-def try_out(model: nn.Module, task: Task, device: str, name: str) -> None:
+def refuse_unfit_inputs(model: nn.Module, task: Task, device: torch.device | str) -> None:
+    """Raise `StageError` when the model, in evaluation mode, does not run on the task's inputs."""
+    try:
+        with torch.no_grad():
+            model(*_example(task, device))
+    except Exception as error:  # the model's forward is the user's code
+        raise StageError(
+            f"the model does not run on the inputs that were given: {type(error).__name__}: {error}. There has to be "
+            "one tensor per positional argument of its forward, first dimension samples"
+        ) from error
+
+
+def try_out(model: nn.Module, task: Task, device: torch.device | str, name: str) -> None:
     """Run the model once after the technique `name`; raise `StageError` when it no longer runs."""
     was_training = model.training
     try:
@@ -47,7 +59,7 @@ def try_out(model: nn.Module, task: Task, device: str, name: str) -> None:
     model.train(was_training)
 
 
-def refuse_other_outputs(before: nn.Module, after: nn.Module, task: Task, device: str) -> None:
+def refuse_other_outputs(before: nn.Module, after: nn.Module, task: Task, device: torch.device | str) -> None:
     """Raise `StageError` when a model read back from its checkpoint computes something else."""
     inputs = _example(task, device)
     with torch.no_grad():
