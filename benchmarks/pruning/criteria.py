@@ -31,7 +31,7 @@ from benchmarks.runs import Runs
 RESULTS = Path(__file__).parent.parent / "results" / "pruning-criteria.json"
 BATCHES = 16
 """Calibration batches of 64, for the fit and for the statistics."""
-EPOCH = TUNE.model_copy(update={"epochs": 1, "precision": "bf16", "memory_format": "channels_last"})
+EPOCH = TUNE.model_copy(update={"epochs": 1})
 CRITERIA: dict[str, tuple[type[channels.ChannelPruning], dict[str, Any]]] = {
     "random": (channels.ChannelRandomConfig, {}),
     "l1": (channels.ChannelL1Config, {}),
@@ -95,9 +95,9 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         "",
         f"ResNet-20 on Fashion-MNIST, {original:.2%} before; channels cut to a share of the FLOPs; accuracy on the "
         f"test split, mean over the seeds (lowest to highest). `reconstruct: true` fits the layers that lost inputs on "
-        f"{BATCHES} batches of 64 images without labels; the epoch is in bfloat16 and follows the re-estimated batch "
-        "norms. Where nothing else is said, each layer loses the same share. Speed-ups are medians of paired timings "
-        "on one thread, and over the seeds.",
+        f"{BATCHES} batches of 64 images without labels; the epoch is in {EPOCH.precision} and follows the re-"
+        "estimated batch norms. Where nothing else is said, each layer loses the same share. Speed-ups are medians of "
+        "paired timings on one thread, and over the seeds.",
     ]
     for ratio in sorted({key.split(" | ")[1] for key in results}):
         lines += [
