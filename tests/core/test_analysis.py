@@ -188,6 +188,14 @@ class TestCommand:
             (f"bits={bits}", name) for bits in (8, 2) for name in ("conv1", "conv2", "fc1", "fc2")
         ]
 
+    def test_random_inputs_do_without_a_task(self, rarefy: Any) -> None:
+        code, out, err = rarefy("analyze", "zoo:digits_cnn", "--input", "2x1x8x8", "--groups", "--json")
+        assert code == 0, err
+        assert {"conv1", "conv2", "fc1"} <= {row["name"] for row in json.loads(out)}
+        code, out, err = rarefy("analyze", "zoo:gpt_tiny", "--input", "2x16:20", "--json")
+        assert code == 0, err
+        assert json.loads(out)[0]["flops"] > 0
+
     @pytest.mark.parametrize(
         ("options", "told"),
         [
@@ -198,6 +206,12 @@ class TestCommand:
             (("--technique", "pruning/magnitude", "--task", "data:digits", "--sensitivity", "--vary", "8,4"), "V1,V2"),
             (("--groups", "--technique", "pruning/magnitude"), "leave out --technique"),
             (("--groups", "--task", "data:digits", "--plot", "a.gif"), ".svg, .png, .html"),
+            (("--groups", "--task", "data:digits", "--input", "1x1x8x8"), "leave out --input"),
+            (("--groups", "--input", "1x1x8x"), "write a shape such as"),
+            (("--groups", "--input", "0x1"), "write a shape such as"),
+            (("--groups", "--input", "1x1x8x8:0"), "write a shape such as"),
+            (("--groups", "--input", "4x3x8x8"), "does not run on the example inputs"),
+            (("--groups", "--input", "999999x999999x999999"), "no room for so many numbers"),
         ],
     )
     def test_bad_input(self, rarefy: Any, options: tuple[str, ...], told: str) -> None:

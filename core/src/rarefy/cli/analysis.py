@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rarefy.cli.output import json_option, print_json, print_rows
-from rarefy.cli.tasks import find_task, task_option
+from rarefy.cli.tasks import find_task, inputs_option, task_option
 
 if TYPE_CHECKING:
     from rarefy_schemas import TechniqueConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @task_option
+@inputs_option
 @click.option("--weights", type=click.Path(), help="Trained weights of a MODEL that is a reference.")
 @click.option("--technique", help="Say what this technique would do to each layer.")
 @click.option("--set", "options", multiple=True, metavar="OPTION=VALUE", help="An option of the technique: amount=0.9.")
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 def analyze(
     model: str,
     task_reference: str | None,
+    shapes: tuple[str, ...],
     weights: str | None,
     technique: str | None,
     options: tuple[str, ...],
@@ -59,7 +61,7 @@ def analyze(
     if vary is not None and not (sensitivity and technique is not None):
         raise click.UsageError("--vary belongs to --technique with --sensitivity; add both")
     network = _network(model, weights)
-    task = find_task(task_reference, Path(model), needed=groups or technique is not None)
+    task = find_task(task_reference, Path(model), needed=groups or technique is not None, shapes=shapes)
     if task is not None and groups:
         _show_groups(network, task, sensitivity, plot, as_json, model)
     elif task is not None and technique is not None and sensitivity:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rarefy.cli.output import json_option, print_json, print_rows
-from rarefy.cli.tasks import find_task, task_option
+from rarefy.cli.tasks import find_task, inputs_option, task_option
 from rarefy.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -43,10 +43,17 @@ def evaluate(file: Path, task_reference: str | None, base: str | None, split: An
 @click.option("--to", "target", required=True, help="Format, such as onnx, torch-export or safetensors.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder [default: the file's].")
 @task_option
+@inputs_option
 @base_option
 @json_option
 def export(
-    file: Path, target: str, output: Path | None, task_reference: str | None, base: str | None, as_json: bool
+    file: Path,
+    target: str,
+    output: Path | None,
+    task_reference: str | None,
+    shapes: tuple[str, ...],
+    base: str | None,
+    as_json: bool,
 ) -> None:
     """Write a .rarefy FILE in another format, re-open it, and compare."""
     from rarefy.exporting import float32_bytes
@@ -56,7 +63,7 @@ def export(
     if target not in registry.exporters:
         raise RecipeError(f"there is no format {target!r}. {did_you_mean(target, registry.exporters)}")
     model, skeleton = _open(file, base)
-    task = find_task(task_reference, file, needed=True)
+    task = find_task(task_reference, file, needed=True, shapes=shapes)
     report = registry.hook.export(
         model=model,
         base=skeleton,
