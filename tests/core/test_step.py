@@ -238,3 +238,51 @@ def test_what_a_step_found_can_be_read(task: ClassificationTask) -> None:
     assert {layer.name for layer in step.analysis.skipped} == {"0", "5"}
     step.finish()
     assert isinstance(step.notes, tuple)
+
+
+class TestGain:
+    def test_it_is_one_sentence_with_figures_behind_it(self, task: ClassificationTask) -> None:
+        model = network()
+        small = rarefy.transform(
+            model, {"technique": "pruning/channel-l1", "per_layer": {"0": 0.5}, "round_to": 1}, task
+        )
+        found = rarefy.gain(small, task, original=model, batch_sizes=(1, 2), rounds=3)
+        assert found.value("parameters") == 80 - 40 + 584 - 288 + 516
+        assert found.value("compression_rate") == 1180 / 852
+        assert {m.name for m in found.measurements} >= {
+            "flops_rate",
+            "peak_memory",
+            "speed_up_rate@1",
+            "speed_up_rate@2",
+        }
+        text = str(found).replace("\N{NO-BREAK SPACE}", " ")
+        assert text.startswith("1.38\N{MULTIPLICATION SIGN} fewer parameters (1.18 K to 852), ")
+        assert " at batch size 2, accuracy " in text
+        assert text.endswith(" % on the validation split")
+        assert f"{100 * task.score(model, 'validation'):.2f} % to {100 * task.score(small, 'validation'):.2f} %" in text
+
+    def test_zeros_are_told_and_are_no_speed(self) -> None:
+        model, images = network().train(), torch.randn(4, 1, 8, 8)
+        sparse = rarefy.transform(model, {"technique": "pruning/magnitude", "amount": 0.5}, images)
+        text = str(rarefy.gain(sparse, images, original=model, batch_sizes=()))
+        assert text.replace("\N{NO-BREAK SPACE}", " ") == (
+            "as many parameters (1.18 K), 49.2 % of them zero, as many FLOPs (24.6 K)"
+        )
+        assert model.training
+
+    def test_more_of_something_is_told(self) -> None:
+        model, images = network(), torch.randn(4, 1, 8, 8)
+        text = str(rarefy.gain(model, images, original=nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), batch_sizes=()))
+        assert "4.54\N{MULTIPLICATION SIGN} more parameters (260 to 1.18" in text
+
+    @pytest.mark.parametrize(
+        ("options", "data", "error", "message"),
+        [
+            ({"rounds": 0}, torch.randn(4, 1, 8, 8), RecipeError, "rounds"),
+            ({"batch_sizes": (0,)}, torch.randn(4, 1, 8, 8), RecipeError, "batch_sizes"),
+            ({}, torch.randn(4, 3, 8, 8), StageError, "does not run on the inputs"),
+        ],
+    )
+    def test_bad_input(self, options: Any, data: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            rarefy.gain(network(), data, original=network(), **options)

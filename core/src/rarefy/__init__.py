@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rarefy.api import begin as begin
     from rarefy.api import compress as compress
     from rarefy.api import export as export
+    from rarefy.api import gain as gain
     from rarefy.api import transform as transform
     from rarefy.artifact import load as load
     from rarefy.errors import ArtifactError as ArtifactError
@@ -41,6 +42,7 @@ _HOMES = {
     "begin": "api",
     "compress": "api",
     "export": "api",
+    "gain": "api",
     "transform": "api",
     "load": "artifact",
     "ArtifactError": "errors",

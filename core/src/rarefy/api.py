@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarefy_schemas import ExporterConfig, ExportReport, Recipe, TechniqueConfig
+from pydantic import ValidationError
+from rarefy_schemas import Evaluate, ExporterConfig, ExportReport, Recipe, StageReport, TechniqueConfig
 from torch import nn
 
 from rarefy.errors import RecipeError
 from rarefy.exporting import export_to, float32_bytes
+from rarefy.measure import measure
 from rarefy.measure.mode import device_of, evaluation
 from rarefy.modules import as_base
 from rarefy.nouns import implementation
 from rarefy.pipeline import Result, run
 from rarefy.recipe import load_recipe
 from rarefy.registry import get
+from rarefy.report.gain import Gain
 from rarefy.seeds import derive, seeded
 from rarefy.soundness import refuse_broken_weights, refuse_unfit_inputs
 from rarefy.step import Step, refuse_missing_labels, technique_of
@@ -95,6 +98,36 @@ def begin(model: nn.Module, technique: Options, data: Data, *, seed: int = 0) ->
         step.bring_rules()
     step.model.train()
     return step
+
+
+def gain(
+    model: nn.Module,
+    data: Data,
+    *,
+    original: nn.Module,
+    batch_sizes: Sequence[int] = (1,),
+    rounds: int = 20,
+    threads: int | None = None,
+) -> Gain:
+    """Measure a compressed model beside its original; print the result, or read single figures from it.
+
+    Parameters, zeros, FLOPs per sample, peak memory and, at each of `batch_sizes`, the ratio of times: medians of
+    `rounds` timings of either network in turn, with quartiles, on `threads` threads (torch's number when absent). The
+    task's metric on the validation split where `data` is a task with labels.
+    Raises `RecipeError` for wrong options or data, and `StageError` when a network does not run on the data.
+    """
+    task = as_task(data)
+    try:
+        config = Evaluate(batch_sizes=tuple(batch_sizes), rounds=rounds, threads=threads)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        raise RecipeError(f"{wrong['loc'][0]}: {wrong['msg']}") from None
+    with evaluation(model, original):
+        for network in (original, model):
+            refuse_unfit_inputs(network, task, device_of(network))
+        found = measure(model, original, task, config)
+        before = task.score(original, "validation")
+    return Gain(task.metric, before, StageReport(index=0, name="compressed", measurements=tuple(found)))
 
 
 def export(

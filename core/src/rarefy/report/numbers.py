@@ -14,10 +14,13 @@ def count(value: float | None) -> str:
     """Return `431,080`, or `25.6 M` from ten millions on."""
     if value is None:
         return ""
-    if value < 1e7:
-        return f"{value:,.0f}"
+    return f"{value:,.0f}" if value < 1e7 else short(value)
+
+
+def short(value: float) -> str:
+    """Return a count as `5.82 M`, three digits and a unit."""
     shown, unit = _scaled(value, ("", "K", "M", "G", "T", "P"))
-    return f"{shown}{SPACE}{unit}"
+    return f"{shown}{SPACE}{unit}" if unit else shown
 
 
 def size(value: float | None) -> str:
