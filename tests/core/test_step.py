@@ -204,6 +204,14 @@ def test_training_by_labels_needs_labels_in_core_s_loop_alone() -> None:
     assert sum(int(weight.count_nonzero()) for weight in weights) == sum(weight.numel() for weight in weights) // 2
 
 
+def test_a_technique_by_name_or_as_an_object(task: ClassificationTask) -> None:
+    named = rarefy.transform(network(), "quantization/uniform", task)
+    config = rarefy.load_recipe({"steps": [{"technique": "quantization/uniform"}]}).steps[0]
+    assert same(named, rarefy.transform(network(), config, task))
+    for options in ("quantization/uniform", {"technique": "quantization/uniform", "finetune": None}, config):
+        assert len(list(rarefy.begin(network(), options, task).model.modules())) > len(list(network().modules()))
+
+
 def test_progress_is_a_share() -> None:
     step = rarefy.begin(network(), {"technique": "pruning/magnitude", "amount": 0.5}, torch.randn(4, 1, 8, 8))
     with pytest.raises(StageError, match="from 0 to 1, not 17"):

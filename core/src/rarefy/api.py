@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from rarefy_schemas import Evaluate, ExporterConfig, ExportReport, Recipe, StageReport, TechniqueConfig
+from rarefy_schemas import Evaluate, ExporterConfig, ExportReport, Finetune, Recipe, StageReport, TechniqueConfig
 from torch import nn
 
 from rarefy.errors import RecipeError
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     Data = Task | torch.Tensor | tuple[torch.Tensor, ...]
-    Options = TechniqueConfig | Mapping[str, Any]
+    Options = str | Mapping[str, Any] | TechniqueConfig
 
 
 def compress(
@@ -62,10 +62,10 @@ def analyze(model: nn.Module, technique: Options, data: Data) -> Analysis:
 def transform(model: nn.Module, technique: Options, data: Data, *, seed: int = 0) -> nn.Module:
     """Return a copy of `model` treated by one technique, in evaluation mode; `model` itself stays as it is.
 
-    `technique` is what a step of a recipe is: `{"technique": "pruning/channel-l1", "amount": 0.5}`. With `finetune` in
-    it core's loop trains the copy, and `model` can teach. `data` is a task, or inputs of the model, a tensor or a tuple
-    with one tensor per positional argument, first dimension samples; these have no labels. Random numbers come from
-    `seed`; the global generators stay as they were.
+    `technique` is what a step of a recipe is, `{"technique": "pruning/channel-l1", "amount": 0.5}`, or a name where the
+    defaults will do. With `finetune` in it core's loop trains the copy, and `model` can teach. `data` is a task, or
+    inputs of the model, a tensor or a tuple with one tensor per positional argument, first dimension samples; these
+    have no labels. Random numbers come from `seed`; the global generators stay as they were.
     Raises `RecipeError` for wrong options or data, and `StageError` when the step fails.
     """
     config, task = _config(technique), as_task(data)
@@ -88,7 +88,7 @@ def begin(model: nn.Module, technique: Options, data: Data, *, seed: int = 0) ->
     as those with proximal steps, which want to know its kind and its momentum.
     Raises as `transform` does, and `RecipeError` for options that stand for several steps.
     """
-    config = _config({"finetune": {}, **technique} if isinstance(technique, Mapping) else technique)
+    config = _config(technique, trains=True)
     if len(config.parts()) > 1:
         raise RecipeError(f"{config.registered_name()!r} has `rounds`, each with a training: begin one after the other")
     task, original = as_task(data), copy.deepcopy(model).eval()
@@ -154,10 +154,16 @@ def export(
     return export_to(path, model, base, task, config, float32_bytes(base))
 
 
-def _config(technique: Options) -> TechniqueConfig:
+def _config(technique: Options, trains: bool = False) -> TechniqueConfig:
+    """Return the options of a technique; those absent have their defaults, `finetune` too where training follows."""
     if isinstance(technique, TechniqueConfig):
-        return technique
-    return load_recipe({"steps": [dict(technique)]}).steps[0]
+        config = technique
+    else:
+        step: dict[str, Any] = {"technique": technique} if isinstance(technique, str) else dict(technique)
+        if trains and step.get("finetune") is None:
+            step["finetune"] = {}
+        config = load_recipe({"steps": [step]}).steps[0]
+    return config.model_copy(update={"finetune": Finetune()}) if trains and config.finetune is None else config
 
 
 def _format(format: str | Mapping[str, Any] | ExporterConfig) -> ExporterConfig:
