@@ -246,6 +246,8 @@ def test_what_a_step_found_can_be_read(task: ClassificationTask) -> None:
     assert {layer.name for layer in step.analysis.skipped} == {"0", "5"}
     step.finish()
     assert isinstance(step.notes, tuple)
+    with pytest.raises(StageError, match="this step is finished"):
+        step.finish()
 
 
 class TestGain:

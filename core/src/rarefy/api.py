@@ -82,8 +82,9 @@ def transform(model: nn.Module, technique: Options, data: Data, *, seed: int = 0
 def begin(model: nn.Module, technique: Options, data: Data, *, seed: int = 0) -> Step:
     """Do what `transform` does up to the training, and leave that to a loop of your own.
 
-    Train `step.model`, a changed copy in training mode: add `step.penalty()` to the loss, call `step.before_step()` and
-    `step.after_step(progress, lr)` around each step of the optimizer, and take the result from `step.finish()`.
+    Train `step.model`, a changed copy in training mode, on the device that `model` is on: add `step.penalty()` to the
+    loss, call `step.before_step()` and `step.after_step(progress, lr)` around each step of the optimizer, and take the
+    result from `step.finish()`.
     `finetune`, filled in when it is absent, trains nothing here; it says what your optimizer is to techniques that ask,
     as those with proximal steps, which want to know its kind and its momentum.
     Raises as `transform` does, and `RecipeError` for options that stand for several steps.

@@ -33,6 +33,7 @@ class Step:
     def __init__(self, technique: Technique[Any], model: nn.Module, task: Task, registry: Registry) -> None:
         self.technique, self.task, self._registry = technique, task, registry
         self.rules: list[TrainingRule] = []
+        self._finished = False
         self.analysis = self._analyze(model)
         self.model = self._changed(model)
 
@@ -102,7 +103,13 @@ class Step:
             rule.after_step(self.model, progress)
 
     def finish(self) -> nn.Module:
-        """Return the model in plain layers and evaluation mode; call it once, after the training."""
+        """Return the model in plain layers and evaluation mode, after the training.
+
+        Raises `StageError` when it was called before, or when weights are NaN or infinite.
+        """
+        if self._finished:
+            raise StageError("this step is finished: its model is what `finish` returned the first time")
+        self._finished = True
         model = self.technique.consolidate(self.model).eval()
         refuse_broken_weights(model)
         one_zero_(model)
