@@ -240,6 +240,13 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_analysis_prints_as_a_table() -> None:
+    lines = str(rarefy.analyze(network(), "quantization/binary", torch.randn(2, 1, 8, 8))).splitlines()
+    assert lines[0].split() == ["layer", "type", "what", "would", "happen", "figures", "or", "reason"]
+    assert {line.split()[0] for line in lines[2:]} == {"0", "2", "5"}
+    assert "left alone" in lines[-1]
+
+
 def test_what_a_step_found_can_be_read(task: ClassificationTask) -> None:
     step = rarefy.begin(copy.deepcopy(network()), {"technique": "quantization/binary"}, task)
     assert {layer.name for layer in step.analysis.layers} == {"2"}

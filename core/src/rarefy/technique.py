@@ -10,6 +10,7 @@ import torch
 from rarefy_schemas import LayerReport, ModelReference, SkippedLayer, TechniqueConfig
 from torch import nn
 
+from rarefy.columns import columns
 from rarefy.errors import StageError
 from rarefy.task import Task
 
@@ -26,6 +27,14 @@ class Analysis:
     """One entry per layer that was left alone, with the reason."""
     plan: Any = None
     """Whatever the technique's own `transform` needs, such as ranks or thresholds."""
+
+    def __str__(self) -> str:
+        """Return a table of the layers."""
+        planned = [
+            (x.name, x.kind, x.action, ", ".join(f"{k} {v:.4g}" for k, v in x.scores.items())) for x in self.layers
+        ]
+        planned += [(x.name, x.kind, "left alone", x.reason) for x in self.skipped]
+        return columns(("layer", "type", "what would happen", "figures or reason"), planned)
 
 
 class TrainingRule:

@@ -183,11 +183,7 @@ def _show_technique(network: nn.Module, task: Task, technique: str, options: tup
             }
         )
         return
-    planned = [
-        (x.name, x.kind, x.action, ", ".join(f"{k} {v:.4g}" for k, v in x.scores.items())) for x in analysis.layers
-    ]
-    planned += [(x.name, x.kind, "left alone", x.reason) for x in analysis.skipped]
-    print_rows(("layer", "type", "what would happen", "figures or reason"), planned)
+    click.echo(str(analysis))
 
 
 def _config(technique: str, options: tuple[str, ...]) -> TechniqueConfig:
