@@ -196,6 +196,33 @@ def test_what_cannot_be_done_is_refused(
         treat(model, options, torch.randn(4, 1, 8, 8))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda model: torch.compile(model), "OptimizedModule .* torch.compile"),
+        (lambda model: nn.DataParallel(model), r"DataParallel .* `\.module`"),
+        (lambda model: torch.jit.trace(model, torch.randn(1, 1, 8, 8)), "traced from"),
+        (lambda model: type(model), "not a type; call the function"),
+        (lambda model: model.state_dict(), "not a OrderedDict; .* load a state dict into the network"),
+    ],
+)
+def test_what_is_no_network_is_refused(wrap: Callable[[nn.Module], Any], message: str, tmp_path: Path) -> None:
+    model, images, step = wrap(network()), torch.randn(4, 1, 8, 8), "quantization/uniform"
+    recipe = {"steps": [{"technique": step}]}
+    calls: list[Callable[[], Any]] = [
+        lambda: rarefy.transform(model, step, images),
+        lambda: rarefy.begin(model, step, images),
+        lambda: rarefy.analyze(model, step, images),
+        lambda: rarefy.gain(model, images, original=network()),
+        lambda: rarefy.export(model, tmp_path / "model.rarefy", images, original=network()),
+        lambda: rarefy.compress(model, recipe, InputsTask.of(images), directory=tmp_path / "run"),
+    ]
+    for call in calls:
+        with pytest.raises(StageError, match=message):
+            call()
+
+
 def test_training_by_labels_needs_labels_in_core_s_loop_alone() -> None:
     images, options = torch.randn(4, 1, 8, 8), {"technique": "pruning/magnitude", "amount": 0.5, "finetune": {}}
     with pytest.raises(RecipeError, match=r"^finetune: the objective 'task' needs labels"):

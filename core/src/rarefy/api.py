@@ -23,7 +23,7 @@ from rarefy.recipe import load_recipe
 from rarefy.registry import get
 from rarefy.report.gain import Gain
 from rarefy.seeds import derive, seeded
-from rarefy.soundness import refuse_broken_weights, refuse_unfit_inputs
+from rarefy.soundness import refuse_broken_weights, refuse_unfit_inputs, refuse_wrapped
 from rarefy.step import Step, refuse_missing_labels, technique_of
 from rarefy.task import Task
 from rarefy.tasks.inputs import as_task
@@ -56,6 +56,7 @@ def compress(
 
 def analyze(model: nn.Module, technique: Options, data: Data) -> Analysis:
     """Say what a technique would do to each layer of `model`, without changing it; `data` is as in `transform`."""
+    refuse_wrapped(model)
     return technique_of(_config(technique)).analyze(model, as_task(data))
 
 
@@ -69,7 +70,7 @@ def transform(model: nn.Module, technique: Options, data: Data, *, seed: int = 0
     Raises `RecipeError` for wrong options or data, and `StageError` when the step fails.
     """
     config, task = _config(technique), as_task(data)
-    now = original = copy.deepcopy(model).eval()
+    now = original = _copy(model)
     for number, part in enumerate(config.parts()):
         refuse_missing_labels(part, task)
         with seeded(seed):
@@ -92,7 +93,7 @@ def begin(model: nn.Module, technique: Options, data: Data, *, seed: int = 0) ->
     config = _config(technique, trains=True)
     if len(config.parts()) > 1:
         raise RecipeError(f"{config.registered_name()!r} has `rounds`, each with a training: begin one after the other")
-    task, original = as_task(data), copy.deepcopy(model).eval()
+    task, original = as_task(data), _copy(model)
     refuse_missing_labels(config.model_copy(update={"finetune": None}), task)
     with seeded(seed):
         step = _step(config, original, original, task, derive(seed, "step", 0))
@@ -123,6 +124,8 @@ def gain(
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         raise RecipeError(f"{wrong['loc'][0]}: {wrong['msg']}") from None
+    for network in (original, model):
+        refuse_wrapped(network)
     with evaluation(model, original):
         for network in (original, model):
             refuse_unfit_inputs(network, task, device_of(network))
@@ -150,6 +153,7 @@ def export(
     suffix = Path(f"model{implementation(type(config)).suffix}").suffix
     if path.suffix != suffix:
         raise RecipeError(f"files of the format {config.registered_name()!r} end in {suffix!r}, not {path.suffix!r}")
+    refuse_wrapped(model)
     with evaluation(model):
         refuse_unfit_inputs(model, task, device_of(model))
     return export_to(path, model, base, task, config, float32_bytes(base))
@@ -173,6 +177,11 @@ def _format(format: str | Mapping[str, Any] | ExporterConfig) -> ExporterConfig:
     entry = format if isinstance(format, str) else dict(format)
     step = {"technique": "recovery/batch-norm"}  # a recipe has at least one
     return load_recipe({"steps": [step], "export": [entry]}).export[0]
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    refuse_wrapped(model)
+    return copy.deepcopy(model).eval()
 
 
 def _step(config: TechniqueConfig, model: nn.Module, original: nn.Module, task: Task, seed: int) -> Step:

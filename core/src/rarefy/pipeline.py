@@ -34,7 +34,7 @@ from rarefy.registry import Registry, get
 from rarefy.report import render, words
 from rarefy.rundir import RunDir
 from rarefy.seeds import derive
-from rarefy.soundness import refuse_broken_weights, refuse_other_outputs
+from rarefy.soundness import refuse_broken_weights, refuse_other_outputs, refuse_wrapped
 from rarefy.step import Step, finetune, refuse_missing_labels, technique_of
 from rarefy.task import Task
 from rarefy.technique import Technique
@@ -117,6 +117,7 @@ class Pipeline:
         reference = self.recipe.model
         if self.given is not None:
             given = self.given
+            refuse_wrapped(given)
             return copy.deepcopy(given), Base(lambda: copy.deepcopy(given), reference)
         if reference is None:
             raise RecipeError("the recipe names no `model`, and none was given")

@@ -10,6 +10,27 @@ from torch import nn
 from rarefy.errors import StageError
 from rarefy.task import Task
 
+_WRAPPERS = {
+    "DistributedDataParallel": "pass its `.module`",
+    "DataParallel": "pass its `.module`",
+    "FullyShardedDataParallel": "unshard it and pass the model within",
+    "OptimizedModule": "pass the model given to torch.compile, its `._orig_mod`, and compile the result",
+    "RecursiveScriptModule": "pass the Python model it was scripted from",
+    "TopLevelTracedModule": "pass the Python model it was traced from",
+}
+
+
+def refuse_wrapped(model: Any) -> None:
+    """Raise `StageError` for what is no module, and for a module that stands for another one."""
+    kind = type(model).__name__
+    if kind in _WRAPPERS:
+        raise StageError(f"a {kind} is a wrapper: {_WRAPPERS[kind]}")
+    if not isinstance(model, nn.Module):
+        raise StageError(
+            f"the model has to be a torch.nn.Module, not a {kind}; call the function that builds it, and load a state "
+            "dict into the network first"
+        )
+
 
 def refuse_broken_weights(model: nn.Module) -> None:
     """Raise `StageError` when a parameter is NaN or infinite."""

@@ -36,6 +36,7 @@ from rarefy.dependencies.trials import (
 )
 from rarefy.errors import StageError
 from rarefy.modules.skeleton import meta_copy
+from rarefy.soundness import refuse_wrapped
 
 _MOST_CHOICES = 64
 _MOST_SEARCHES = 4
@@ -56,23 +57,10 @@ def find_dependencies(model: nn.Module, inputs: Inputs, *, verify: bool = True) 
     written into it is then found out by the first run after a cut. `model` is not changed. Raises `StageError` when it
     does not run on the inputs.
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     _refuse_unready(model, inputs)
     settling = _Settling(model, inputs)
     return settling.settle() if verify else settling.found
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    wrapped = {
-        "DistributedDataParallel": "pass its `.module`",
-        "DataParallel": "pass its `.module`",
-        "FullyShardedDataParallel": "unshard it and pass the model within",
-        "OptimizedModule": "pass the model given to torch.compile, its `._orig_mod`, and compile the result",
-        "RecursiveScriptModule": "pass the Python model it was scripted from",
-    }
-    kind = type(model).__name__
-    if kind in wrapped:
-        raise StageError(f"a {kind} cannot be analyzed: {wrapped[kind]}")
 
 
 def _refuse_unready(model: nn.Module, inputs: Inputs) -> None:
