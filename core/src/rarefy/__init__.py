@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rarefy.errors import StageError as StageError
     from rarefy.exporter import Exporter as Exporter
     from rarefy.hookspecs import hookimpl as hookimpl
+    from rarefy.modules.derived import plain as plain
     from rarefy.objective import Objective as Objective
     from rarefy.recipe import load_recipe as load_recipe
     from rarefy.source import Source as Source
@@ -52,6 +53,7 @@ _HOMES = {
     "StageError": "errors",
     "Exporter": "exporter",
     "hookimpl": "hookspecs",
+    "plain": "modules.derived",
     "Objective": "objective",
     "load_recipe": "recipe",
     "Source": "source",

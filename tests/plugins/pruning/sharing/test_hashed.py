@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rarefy
 import torch
 from pydantic import ValidationError
 from rarefy import artifact
@@ -184,6 +185,22 @@ class TestLayers:
         with torch.no_grad():
             fast = hashed(x)
         assert torch.allclose(fast, hashed(x), atol=1e-5)
+
+    @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+    def test_plain_layers_compute_the_same(self, padding_mode: str) -> None:
+        layer = HashedConv2d(
+            4, 6, (3, 3), 20, 1, stride=(2, 1), padding=(1, 2), groups=2, padding_mode=padding_mode, bias=False
+        )
+        model = nn.Sequential(layer, nn.Flatten(), HashedLinear(6 * 4 * 10, 5, 7, 3)).eval()
+        x, plain = torch.randn(2, 4, 8, 8), rarefy.plain(model)
+        assert [type(layer) for layer in plain] == [nn.Conv2d, nn.Flatten, nn.Linear]
+        assert torch.equal(plain(x), model(x))
+        assert not any(module.training for module in plain.modules())
+        assert torch.equal(rarefy.plain(layer)(x), layer(x))
+        one, other = HashedLinear(4, 4, 3, 1), HashedLinear(4, 4, 3, 2)
+        other.values = one.values
+        plain = rarefy.plain(nn.Sequential(one, other))
+        assert not torch.equal(plain[0].weight, plain[1].weight)
 
     def test_a_layer_that_was_never_run_can_be_exported(self) -> None:
         layer, x = HashedLinear(6, 5, 7, 3), torch.randn(2, 6)

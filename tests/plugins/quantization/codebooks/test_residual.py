@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rarefy
 import torch
 from pydantic import ValidationError
 from rarefy import artifact, compress
@@ -241,6 +242,21 @@ class TestTechnique:
         assert tied[0].codebooks is tied[2].codebooks
         assert tied[0].codes is tied[2].codes
         assert tied[0].bias is not tied[2].bias
+
+    def test_plain_layers_compute_the_same(self) -> None:
+        model = network().train()
+        quantized = residual(model, codes=8)
+        plain = rarefy.plain(quantized)
+        x = torch.randn(2, 4, 4, 4)
+        assert [type(layer) for layer in plain] == [type(layer) for layer in model]
+        assert torch.equal(plain(x), quantized(x))
+        assert all(module.training for module in plain.modules())
+        assert isinstance(quantized[0], ResidualConv)
+        tied = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+        tied[2].weight = tied[0].weight
+        plain = rarefy.plain(residual(tied, codes=8))
+        assert plain[0].weight is plain[2].weight
+        assert plain[0].bias is not plain[2].bias
 
     def test_frozen_layers_stay_frozen_and_modes_are_kept(self) -> None:
         model = network().train()

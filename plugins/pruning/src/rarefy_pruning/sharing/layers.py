@@ -7,16 +7,15 @@ import math
 import torch
 from rarefy.errors import StageError
 from rarefy.modules import register_module
-from rarefy.modules.convolution import convolve
+from rarefy.modules.derived import DerivedConvolution, DerivedLinear, DerivedWeight
 from torch import nn
-from torch.nn import functional as F
 
 from rarefy_pruning.sharing.hashing import signed_buckets
 
 _MOST_BUCKETS = 2**30 - 1
 
 
-class HashedLayer(nn.Module):
+class HashedLayer(DerivedWeight):
     """What hashed layers share: V_n = xi(n) * w_h(n) (Chen et al. 2015, section 4), n over the flattened weight.
 
     `values`, `(buckets,)`, and the bias are all that is stored. Buckets and signs follow from the seed and are worked
@@ -89,7 +88,7 @@ class HashedLayer(nn.Module):
 
 
 @register_module
-class HashedLinear(HashedLayer):
+class HashedLinear(DerivedLinear, HashedLayer):
     """A linear layer of `buckets` values."""
 
     def __init__(
@@ -105,13 +104,9 @@ class HashedLinear(HashedLayer):
         super().__init__((out_features, in_features), buckets, seed, bias, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `(..., out_features)` for `(..., in_features)`."""
-        return F.linear(x, self.weight, self.bias)
-
 
 @register_module
-class HashedConv2d(HashedLayer):
+class HashedConv2d(DerivedConvolution, HashedLayer):
     """A convolution of `buckets` values; arguments as of `torch.nn.Conv2d`."""
 
     def __init__(
@@ -134,9 +129,3 @@ class HashedConv2d(HashedLayer):
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.groups, self.padding_mode = groups, padding_mode
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `(n, out, h', w')` for `(n, in, h, w)`."""
-        return convolve(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
-        )

@@ -41,8 +41,9 @@ class ResidualConfig(VectorSharing):
     """Make vectors of consecutive weights sums: k-means, then k-means on what it left, and so on; fine-tuning of all.
 
     The layers become modules that keep codes and codebooks and add the vectors up for each forward pass: a smaller
-    file, the same FLOPs, no less time. At equal error `quantization/vector` took fewer bytes where it was measured, and
-    `quantization/entropy-constrained` the fewest; stages reach errors for which one codebook is too large to search.
+    file, the same FLOPs, more time until `rarefy.plain` puts torch's layers back. At equal error `quantization/vector`
+    took fewer bytes where it was measured, and `quantization/entropy-constrained` the fewest; stages reach errors for
+    which one codebook is too large to search.
     """
 
     implementation: ClassVar[str] = "rarefy_quantization.codebooks.residual:ResidualQuantization"

@@ -8,9 +8,8 @@ from functools import reduce
 import torch
 from rarefy.errors import StageError
 from rarefy.modules import register_module
-from rarefy.modules.convolution import convolve
+from rarefy.modules.derived import DerivedConvolution, DerivedLinear, DerivedWeight
 from torch import nn
-from torch.nn import functional as F
 
 _MOST_CODES = 65536
 
@@ -29,7 +28,7 @@ def summed(codes: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     return reduce(torch.add, chosen)
 
 
-class ResidualLayer(nn.Module):
+class ResidualLayer(DerivedWeight):
     """What the layers share: w is the sum over the stages t of c_t[code_t], vector by vector.
 
     `codebooks`, (stages, codes per stage, length), the bias and the buffer `codes`, (stages, vectors), are all that is
@@ -73,7 +72,7 @@ class ResidualLayer(nn.Module):
 
 
 @register_module
-class ResidualLinear(ResidualLayer):
+class ResidualLinear(DerivedLinear, ResidualLayer):
     """A linear layer of `stages` codebooks with `count` vectors of `length` weights."""
 
     def __init__(
@@ -90,13 +89,9 @@ class ResidualLinear(ResidualLayer):
         super().__init__((out_features, in_features), stages, count, length, bias, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `(..., out_features)` for `(..., in_features)`."""
-        return F.linear(x, self.weight, self.bias)
-
 
 @register_module
-class ResidualConv(ResidualLayer):
+class ResidualConv(DerivedConvolution, ResidualLayer):
     """A convolution of `stages` codebooks; the other arguments as of `torch.nn.Conv1d`, `Conv2d` or `Conv3d`."""
 
     def __init__(
@@ -121,9 +116,3 @@ class ResidualConv(ResidualLayer):
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.groups, self.padding_mode = groups, padding_mode
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `(n, out, ...)` for `(n, in, ...)`, with as many dimensions as the kernel has behind these."""
-        return convolve(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
-        )
