@@ -68,11 +68,11 @@ def cut(name: str, reconstruct: bool, model: nn.Module, task: Any, ratio: float)
     return technique.transform(copy.deepcopy(model), technique.analyze(model, task), task)
 
 
-def measured(name: str, model: nn.Module, task: Any, ratio: float, seed: int) -> dict[str, Any]:
+def measured(name: str, model: nn.Module, original: float, task: Any, ratio: float, seed: int) -> dict[str, Any]:
     """Cut a network and return its accuracies after each way to recover, and its times."""
     small, inputs = cut(name, False, model, task, ratio), task.example_inputs(1)
     found: dict[str, Any] = {
-        "original": task.score(model, "test"),
+        "original": original,
         "flops_ratio": flops(model, inputs) / flops(small, inputs),
         "cut": task.score(small, "test"),
     }
@@ -133,9 +133,11 @@ def main() -> None:
     task, runs = fashion_mnist(chosen.data), Runs(RESULTS)
     for seed in chosen.seeds:
         model = trained(task, "resnet20", seed, chosen.weights)
+        original = task.score(model, "test")
         for ratio in chosen.ratios:
             for name in chosen.only:
-                runs.get(f"{name} | {ratio:g}x | seed {seed}", partial(measured, name, model, task, ratio, seed))
+                make = partial(measured, name, model, original, task, ratio, seed)
+                runs.get(f"{name} | {ratio:g}x | seed {seed}", make)
 
 
 if __name__ == "__main__":
