@@ -112,21 +112,32 @@ class TestGates:
     def gated_loss(self, model: nn.Sequential, x: torch.Tensor, y: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model[2](model[1](model[0](x)) * gates), y)
 
-    def test_taylor_is_the_finite_difference_of_the_loss(
+    def test_taylor_is_the_mean_size_of_the_finite_differences_of_single_samples(
         self, make: Any, perceptron: nn.Sequential, blobs: ClassificationTask
     ) -> None:
-        found = scores(make("taylor", amount=0.5), perceptron, blobs)
-        model = perceptron.double()
-        batches = list(blobs.loader("train"))
-        x, y = torch.cat([b[0] for b in batches]).double(), torch.cat([b[1] for b in batches])
-        step = 1e-5
-        for unit in range(8):
+        found = scores(make("taylor", amount=0.5, samples=100), perceptron, blobs)
+        model, step, sizes = perceptron.double(), 1e-5, []
+        for x, y in blobs.loader("train", 1):
             moved = []
             for sign in (1, -1):
-                gates = torch.ones(8, dtype=torch.float64)
-                gates[unit] += sign * step
-                moved.append(float(self.gated_loss(model, x, y, gates).detach()))
-            assert float(found[unit]) == pytest.approx(abs(moved[0] - moved[1]) / (2 * step), rel=1e-3, abs=1e-6)
+                gates = torch.ones(8, dtype=torch.float64) + sign * step * torch.eye(8, dtype=torch.float64)
+                losses = [self.gated_loss(model, x.double(), y, row).detach() for row in gates]
+                moved.append(torch.stack(losses))
+            sizes.append((moved[0] - moved[1]).abs() / (2 * step))
+        torch.testing.assert_close(found.double(), torch.stack(sizes).mean(0), rtol=1e-3, atol=1e-6)
+
+    def test_taylor_sees_gradients_that_cancel_over_the_samples(self, make: Any) -> None:
+        # of two units that the samples pull in opposite ways, and one that nothing pulls
+        model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.Identity(), nn.Linear(3, 2, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([[1.0], [2.0], [1.0]]))
+            model[2].weight.copy_(torch.tensor([[1.0, 1.0, 0.0], [-1.0, -1.0, 0.0]]))
+        data = (torch.ones(20, 1), torch.arange(20) % 2)
+        task = ClassificationTask.from_arrays(*data, validation=data, test=data)
+        found = scores(make("taylor", amount=0.5), model, task)
+        assert found[1] == pytest.approx(2 * float(found[0]))
+        assert found[0] > 0.9
+        assert found[2] == 0
 
     def test_fisher_is_half_the_mean_square_of_the_gradients_of_single_samples(
         self, make: Any, perceptron: nn.Sequential, blobs: ClassificationTask

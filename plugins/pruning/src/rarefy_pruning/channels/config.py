@@ -102,11 +102,13 @@ class ChannelPruning(TechniqueConfig):
         ]
 
 
-class MeasuredChannelPruning(ChannelPruning):
-    """Options of the criteria that look at data."""
+class SampledChannelPruning(ChannelPruning):
+    """Options of the criteria by gradients."""
 
-    batches: int = Field(default=8, ge=1)
-    """Batches of the training split that are looked at."""
+    traits: ClassVar[Traits] = Traits(data="labelled", changes_shapes=True, needs_dense_floats=True)
+
+    samples: int = Field(default=128, ge=1)
+    """Samples of the training split whose gradients are taken one by one."""
 
 
 class ChannelL1Config(ChannelPruning):
@@ -149,29 +151,25 @@ class ChannelRandomConfig(ChannelPruning):
     technique: Literal["pruning/channel-random"] = "pruning/channel-random"
 
 
-class ChannelTaylorConfig(MeasuredChannelPruning):
-    """Remove the channels whose removal changes the loss least, to first order."""
+class ChannelTaylorConfig(SampledChannelPruning):
+    """Remove the channels whose removal changes the losses of single samples least, to first order."""
 
     implementation: ClassVar[str] = "rarefy_pruning.channels.gates:Taylor"
     paper: ClassVar[str] = (
         "Molchanov et al. 2017, Pruning convolutional neural networks for resource efficient inference"
     )
-    traits: ClassVar[Traits] = Traits(data="labelled", changes_shapes=True, needs_dense_floats=True)
     technique: Literal["pruning/channel-taylor"] = "pruning/channel-taylor"
 
 
-class ChannelFisherConfig(MeasuredChannelPruning):
+class ChannelFisherConfig(SampledChannelPruning):
     """Remove the channels whose removal changes the loss least, to second order by the Fisher information."""
 
     implementation: ClassVar[str] = "rarefy_pruning.channels.gates:Fisher"
     paper: ClassVar[str] = "Theis et al. 2018, Faster gaze prediction; Liu et al. 2021, Group Fisher pruning"
-    traits: ClassVar[Traits] = Traits(data="labelled", changes_shapes=True, needs_dense_floats=True)
     technique: Literal["pruning/channel-fisher"] = "pruning/channel-fisher"
-    samples: int = Field(default=128, ge=1)
-    """Samples whose gradients are taken one by one."""
 
 
-class ChannelActivationConfig(MeasuredChannelPruning):
+class ChannelActivationConfig(ChannelPruning):
     """Remove the channels that the next layers see least of."""
 
     implementation: ClassVar[str] = "rarefy_pruning.channels.activations:Activation"
@@ -180,6 +178,8 @@ class ChannelActivationConfig(MeasuredChannelPruning):
     )
     traits: ClassVar[Traits] = Traits(data="unlabelled", changes_shapes=True, needs_dense_floats=True)
     technique: Literal["pruning/channel-activation"] = "pruning/channel-activation"
+    batches: int = Field(default=8, ge=1)
+    """Batches of the training split that are looked at."""
     statistic: Literal["mean", "nonzero", "deviation"] = "mean"
     """`mean` of |activation|; `nonzero`, the share of activations that are not zero (one minus APoZ); or the standard
     `deviation` over samples and positions."""

@@ -8,53 +8,61 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
-from rarefy.gradients import differentiable, labelled, loss_of
+from rarefy.gradients import differentiable, loss_of
 from rarefy.measure.mode import device_of
 from rarefy.task import Task
 from torch import nn
 
-from rarefy_pruning.channels.config import ChannelFisherConfig, ChannelTaylorConfig
+from rarefy_pruning.channels.config import ChannelFisherConfig, ChannelTaylorConfig, SampledChannelPruning
 from rarefy_pruning.channels.criterion import ChannelCriterion
 from rarefy_pruning.channels.units import Units
 
-
-class Taylor(ChannelCriterion[ChannelTaylorConfig]):
-    """|dL/dg|, the change of the mean loss to first order (Molchanov et al. 2017, eq. 6, on the group's gate)."""
-
-    def measure(self, model: nn.Module, units: Sequence[Units], task: Task) -> None:
-        """Take the gradients of the loss in the gates."""
-        self.gradients = {u.group.name: torch.zeros(u.size, device=device_of(model)) for u in units}
-        with differentiable(model, list(model.parameters())):
-            for share, batch in labelled(task, self.config.batches):
-                for name, gradient in gate_gradients(loss_of(model, task, batch), units).items():
-                    self.gradients[name] += share * gradient
-
-    def score(self, units: Units) -> torch.Tensor:
-        """Return |dL/dg|."""
-        return self.gradients[units.group.name].abs()
+ConfigT = TypeVar("ConfigT", bound=SampledChannelPruning)
 
 
-class Fisher(ChannelCriterion[ChannelFisherConfig]):
-    """E[(dL_n/dg)^2] / 2 over samples n, the change to second order (Theis et al. 2018, eq. 8)."""
+class GateCriterion(ChannelCriterion[ConfigT]):
+    """The mean over samples n of a function of dL_n/dg; write `of`.
+
+    Samples are taken one by one: over a whole batch gradients of opposite signs cancel, and where training has ended
+    nothing but noise is left of their mean.
+    """
+
+    def of(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return what counts of the gradients of one sample's loss, `(units,)`."""
+        raise NotImplementedError
 
     def measure(self, model: nn.Module, units: Sequence[Units], task: Task) -> None:
         """Take the gradients of each sample's loss in the gates."""
-        self.squares = {u.group.name: torch.zeros(u.size, device=device_of(model)) for u in units}
-        samples = 0
+        self.sums = {u.group.name: torch.zeros(u.size, device=device_of(model)) for u in units}
+        self.samples = 0
         with differentiable(model, list(model.parameters())):
-            loader = task.loader("train", 1, shuffle=True, seed=0)
-            for batch in itertools.islice(loader, self.config.samples):
-                samples += 1
+            for batch in itertools.islice(task.loader("train", 1, shuffle=True, seed=0), self.config.samples):
+                self.samples += 1
                 for name, gradient in gate_gradients(loss_of(model, task, batch), units).items():
-                    self.squares[name] += gradient.square()
-        for square in self.squares.values():
-            square /= 2 * max(samples, 1)
+                    self.sums[name] += self.of(gradient)
 
     def score(self, units: Units) -> torch.Tensor:
-        """Return E[(dL/dg)^2] / 2."""
-        return self.squares[units.group.name]
+        """Return the mean over the samples."""
+        return self.sums[units.group.name] / max(self.samples, 1)
+
+
+class Taylor(GateCriterion[ChannelTaylorConfig]):
+    """E|dL_n/dg|, the change of a sample's loss to first order (Molchanov et al. 2017, section 2.2, on a gate)."""
+
+    def of(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return |dL_n/dg|."""
+        return gradient.abs()
+
+
+class Fisher(GateCriterion[ChannelFisherConfig]):
+    """E[(dL_n/dg)^2] / 2, the change of the loss to second order (Theis et al. 2018, eq. 8)."""
+
+    def of(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return (dL_n/dg)^2 / 2."""
+        return gradient.square() / 2
 
 
 def gate_gradients(loss: torch.Tensor, units: Sequence[Units]) -> dict[str, torch.Tensor]:
