@@ -116,7 +116,9 @@ def section(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _range(found: list[float]) -> str:
-    return f"{statistics.mean(found):.2%} ({min(found):.2%} to {max(found):.2%})" if found else "-"
+    if len(found) < 2:
+        return f"{found[0]:.2%}" if found else "-"
+    return f"{statistics.mean(found):.2%} ({min(found):.2%} to {max(found):.2%})"
 
 
 def main() -> None:
