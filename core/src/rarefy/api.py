@@ -66,7 +66,7 @@ def transform(model: nn.Module, technique: Options, data: Data, *, seed: int = 0
     `technique` is what a step of a recipe is, `{"technique": "pruning/channel-l1", "amount": 0.5}`, or a name where the
     defaults will do. With `finetune` in it core's loop trains the copy, and `model` can teach. `data` is a task, or
     inputs of the model, a tensor or a tuple with one tensor per positional argument, first dimension samples; these
-    have no labels. Random numbers come from `seed`; the global generators stay as they were.
+    have no labels. Random numbers come from `seed`; the CPU's global generators stay as they were.
     Raises `RecipeError` for wrong options or data, and `StageError` when the step fails.
     """
     config, task = _config(technique), as_task(data)

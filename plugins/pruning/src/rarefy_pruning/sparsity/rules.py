@@ -68,8 +68,8 @@ class ProximalSteps(_Weighted):
         """Apply the proximal operator; raise `StageError` when the trainer does not tell its learning rate."""
         if self.lr is None:
             raise StageError(
-                "proximal steps need the learning rate, and the trainer does not set `lr` of its rules; use core's "
-                "fine-tuning, or `method: penalty`"
+                "proximal steps need the learning rate: pass `lr` to `step.after_step` in a loop of your own, let a "
+                "plugin's trainer set `lr` of its rules, or use `method: penalty`"
             )
         named = dict(model.named_parameters())
         for i, (part, weights) in enumerate(zip(self.structures, self.weights, strict=True)):
