@@ -45,10 +45,12 @@ CRITERIA: dict[str, tuple[type[channels.ChannelPruning], dict[str, Any]]] = {
     "deviation of activations": (channels.ChannelActivationConfig, {"statistic": "deviation"}),
     "taylor": (channels.ChannelTaylorConfig, {}),
     "fisher": (channels.ChannelFisherConfig, {}),
-    "fisher, like layers together": (channels.ChannelFisherConfig, {"scope": "alike"}),
-    "fisher, all layers together": (channels.ChannelFisherConfig, {"scope": "global"}),
+    "fisher, like layers together": (channels.ChannelFisherConfig, {"scope": "alike", "normalize": "mean"}),
+    "fisher, all layers together": (channels.ChannelFisherConfig, {"scope": "global", "normalize": "mean"}),
+    "fisher, like layers together, per FLOP saved": (channels.ChannelFisherConfig, {"scope": "alike"}),
+    "fisher, all layers together, per FLOP saved": (channels.ChannelFisherConfig, {"scope": "global"}),
 }
-"""Configurations, of which all but those named compare channels within each layer."""
+"""Configurations, of which all but those named compare channels within each layer; scores by their layer's mean."""
 THEIRS = {"torch-pruning, uniform": "uniform", "torch-pruning, global": "global"}
 WAYS = {
     "cut": "cut",
@@ -96,8 +98,9 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         f"ResNet-20 on Fashion-MNIST, {original:.2%} before; channels cut to a share of the FLOPs; accuracy on the "
         f"test split, mean over the seeds (lowest to highest). `reconstruct: true` fits the layers that lost inputs on "
         f"{BATCHES} batches of 64 images without labels; the epoch is in {EPOCH.precision} and follows the re-"
-        "estimated batch norms. Where nothing else is said, each layer loses the same share. Speed-ups are medians of "
-        "paired timings on one thread, and over the seeds.",
+        "estimated batch norms. Where nothing else is said, each layer loses the same share. Layers that compete do so "
+        "by scores relative to their layer's mean, or per FLOP that a channel saves (`normalize: saving`). Speed-ups "
+        "are medians of paired timings on one thread, and over the seeds.",
     ]
     for ratio in sorted({key.split(" | ")[1] for key in results}):
         lines += [

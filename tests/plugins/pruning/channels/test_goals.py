@@ -16,6 +16,7 @@ from rarefy.measure import flops, parameters
 from rarefy.tasks import ClassificationTask
 from rarefy.zoo import digits_cnn, resnet20, vit_tiny
 from rarefy_pruning.channels.allocation import lowest, pools, reach, rounded
+from rarefy_pruning.channels.choice import Choice
 from torch import nn
 
 
@@ -89,6 +90,26 @@ class TestBudgets:
             scaled.conv2.weight.mul_(1e-4)
         widths = [prune(m, digits_task, amount=0.5, scope="global")[0].conv2.out_channels for m in (model, scaled)]
         assert widths[0] == widths[1]
+
+    @pytest.mark.parametrize(
+        ("normalize", "goal", "first"),
+        [
+            ("none", {"target": {"measure": "parameters", "share": 0.9}}, "0"),
+            ("saving", {"target": {"measure": "parameters", "share": 0.9}}, "2"),
+            ("saving", {"target": {"measure": "flops", "share": 0.9}}, "2"),
+            ("saving", {"amount": 0.25}, "0"),
+        ],
+    )
+    def test_what_saves_more_may_cost_more(
+        self, make: Any, make_task: Any, normalize: str, goal: dict[str, Any], first: str
+    ) -> None:
+        # a unit of the first layer saves 13 parameters and costs 1, one of the second saves 73 and costs 3
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 64))
+        task = make_task(torch.randn(6, 4))
+        found = find_dependencies(model, task.example_inputs(1))
+        scores = {"0": torch.full((8,), 1.0), "2": torch.full((8,), 3.0)}
+        config = make("fisher", scope="global", normalize=normalize, least=0, **goal).config
+        assert list(Choice(config, model, found, scores, task).removal) == [first]
 
     def test_like_structures_compete_with_each_other_only(self, prune: Any, make_task: Any) -> None:
         torch.manual_seed(0)

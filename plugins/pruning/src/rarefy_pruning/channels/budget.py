@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from rarefy.dependencies import Dependencies, Removal, cut
 from rarefy.measure import flops, parameters
 from rarefy.measure.mode import move
@@ -13,6 +14,16 @@ from torch import nn
 
 Left = Callable[[Removal], float]
 """The share of a measure that a removal leaves."""
+
+
+def saving(left: Left, group: str, order: torch.Tensor) -> float:
+    """Return the share of a measure that a unit of a group saves, the mean over the half that goes first, above 0.
+
+    The FLOPs of a layer are a product of two widths, so that a unit saves less the more others are gone; what is
+    compared between groups is the start.
+    """
+    half = order[: max(1, len(order) // 2)]
+    return max(1 - left({group: half}), 1e-9) / len(half)
 
 
 class CountedLeft:

@@ -13,7 +13,7 @@ from rarefy.weights import per_layer
 from torch import nn
 
 from rarefy_pruning.channels.allocation import Pool, lowest, merged, normalized, pools, reach
-from rarefy_pruning.channels.budget import CountedLeft, Left
+from rarefy_pruning.channels.budget import CountedLeft, Left, saving
 from rarefy_pruning.channels.config import ChannelPruning, Target
 from rarefy_pruning.channels.latency import LatencyLeft
 from rarefy_pruning.channels.sensitivity import Sensitivity
@@ -97,8 +97,15 @@ class Choice:
                 for name, increases in sensitivity.increases.items()
             }
             return pools(sensitivity.costs(left), dict.fromkeys(self.rest, 0), sensitivity.orders)
-        compared = normalized(self.rest) if config.normalize == "mean" else self.rest
-        return pools(compared, self._kinds())
+        return pools(self._comparable(left), self._kinds())
+
+    def _comparable(self, left: Left | None) -> Mapping[str, torch.Tensor]:
+        """Return scores that may be compared between groups."""
+        if self.config.normalize == "mean":
+            return normalized(self.rest)
+        if self.config.normalize == "saving" and left is not None:
+            return {name: score / saving(left, name, score.argsort()) for name, score in self.rest.items()}
+        return self.rest
 
     def _kinds(self) -> dict[str, Hashable] | None:
         """Return which groups compete: all, or those of like structure (Fang et al. 2024, isomorphic pruning)."""

@@ -46,8 +46,9 @@ class ChannelPruning(TechniqueConfig):
     outputs move."""
     sensitivity_batches: int = Field(default=4, ge=1)
     """Batches that `scope: sensitivity` measures on."""
-    normalize: Literal["mean", "none"] = "mean"
-    """Whether scores are divided by their group's mean before groups are compared."""
+    normalize: Literal["mean", "saving", "none"] = "mean"
+    """What scores are divided by before groups are compared: their group's `mean`, or what a unit of the group saves
+    of the `target`, one unit where there is none. The second is for scores that are increases of the loss."""
     least: float = Field(default=0.1, ge=0, lt=1)
     """Share of each group that stays in any case; at least one unit always does."""
     round_to: int = Field(default=8, ge=1)
@@ -167,6 +168,9 @@ class ChannelFisherConfig(SampledChannelPruning):
     implementation: ClassVar[str] = "rarefy_pruning.channels.gates:Fisher"
     paper: ClassVar[str] = "Theis et al. 2018, Faster gaze prediction; Liu et al. 2021, Group Fisher pruning"
     technique: Literal["pruning/channel-fisher"] = "pruning/channel-fisher"
+    normalize: Literal["mean", "saving", "none"] = "saving"
+    """What scores are divided by before groups are compared: what a unit of the group saves of the `target`, one unit
+    where there is none, so that a budget is reached at the least increase of the loss; or their group's `mean`."""
 
 
 class ChannelActivationConfig(ChannelPruning):

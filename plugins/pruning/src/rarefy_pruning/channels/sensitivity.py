@@ -11,7 +11,7 @@ from rarefy.progress import track
 from rarefy.sensitivity import Increase
 from torch import nn
 
-from rarefy_pruning.channels.budget import Left
+from rarefy_pruning.channels.budget import Left, saving
 
 
 class Sensitivity:
@@ -38,9 +38,7 @@ class Sensitivity:
         """
         found = {}
         for name, order in self.orders.items():
-            half = order[: max(1, len(order) // 2)]
-            saved = 1.0 if left is None else max(1 - left({name: half}), 1e-9) / len(half)
-            slopes = hull(self.increases[name], len(order)) / saved
+            slopes = hull(self.increases[name], len(order)) / (1.0 if left is None else saving(left, name, order))
             found[name] = torch.empty_like(slopes).scatter_(0, order, slopes)
         return found
 
