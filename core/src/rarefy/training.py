@@ -13,6 +13,7 @@ import torch
 from rarefy_schemas import Finetune
 from torch import nn
 
+from rarefy.augmentation import augmented
 from rarefy.errors import StageError
 from rarefy.nouns import implement
 from rarefy.progress import track
@@ -105,6 +106,8 @@ class _Loop:
     done: int = 0
 
     def step(self, batch: Any, objective: Any) -> float:
+        if self.config.augment is not None:
+            batch = augmented(batch, self.task, self.config.augment)
         with self.engine.autocast():
             loss = objective.loss(self.wrapped, self.teacher, batch, self.task)
         penalties = [p for rule in self.rules if (p := rule.penalty(self.model)) is not None]

@@ -28,13 +28,13 @@ from rarefy_schemas.report import (
     StageReport,
 )
 from rarefy_schemas.targets import Targets
-from rarefy_schemas.training import Finetune, ObjectiveConfig, TaskLoss
+from rarefy_schemas.training import Augment, Finetune, ObjectiveConfig, TaskLoss
 from rarefy_schemas.traits import DataNeed, Traits
 
 __all__ = [
-    "ARTIFACT_VERSION", "REPORT_VERSION", "BudgetReport", "Budgets", "Coder", "Coding", "DataNeed", "Evaluate",
-    "ExportReport", "ExporterConfig", "Field", "Finetune", "Histogram", "LayerReport", "Manifest", "Measurement",
-    "ModelReference", "ModelSpec", "ModuleSpec", "NamedModel", "Noun", "ObjectiveConfig", "Recipe", "Report", "Schema",
-    "SkippedLayer", "SourceConfig", "Split", "StageReport", "Targets", "TaskLoss", "TaskReference",
-    "TechniqueConfig", "TensorEntry", "Traits",
+    "ARTIFACT_VERSION", "REPORT_VERSION", "Augment", "BudgetReport", "Budgets", "Coder", "Coding", "DataNeed",
+    "Evaluate", "ExportReport", "ExporterConfig", "Field", "Finetune", "Histogram", "LayerReport", "Manifest",
+    "Measurement", "ModelReference", "ModelSpec", "ModuleSpec", "NamedModel", "Noun", "ObjectiveConfig", "Recipe",
+    "Report", "Schema", "SkippedLayer", "SourceConfig", "Split", "StageReport", "Targets", "TaskLoss",
+    "TaskReference", "TechniqueConfig", "TensorEntry", "Traits",
 ]  # fmt: skip

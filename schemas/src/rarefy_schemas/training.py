@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from rarefy_schemas.base import Noun, Schema
 
@@ -23,6 +23,21 @@ class TaskLoss(ObjectiveConfig):
     implementation: ClassVar[str] = "rarefy.objective:TaskObjective"
     needs_labels: ClassVar[bool] = True
     objective: Literal["task"] = "task"
+
+
+class Augment(Schema):
+    """Random changes of images, other ones in each epoch."""
+
+    shift: int = Field(default=0, ge=0)
+    """Most pixels that an image is moved, up or down and left or right; zeros move in."""
+    flip: bool = False
+    """Whether one image in two, by chance, is mirrored left to right."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.shift and not self.flip:
+            raise ValueError("give `shift`, a number of pixels, or `flip: true`")
+        return self
 
 
 class Finetune(Schema):
@@ -53,6 +68,8 @@ class Finetune(Schema):
     memory_format: Literal["keep", "channels_last"] = "keep"
     """How images and kernels lie in memory during the training: as they do, or channels last, with which convolutions
     are often faster and results differ by rounding. Afterwards kernels are contiguous."""
+    augment: Augment | None = None
+    """Random changes of images `(samples, channels, height, width)` with one label each; none when absent."""
     keep: Literal["last", "best"] = "last"
     """Weights to keep: of the last epoch, or of the best one on the validation split."""
     patience: int | None = Field(default=None, ge=1)

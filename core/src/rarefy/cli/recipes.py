@@ -71,8 +71,8 @@ def _options(schema: dict[str, Any], definitions: dict[str, Any], before: str = 
         }
         for inner in part.get("anyOf", [part]):
             within = definitions.get(str(inner.get("$ref", "")).rsplit("/", 1)[-1], {})
-            if "properties" in within and not before:
-                yield from _options(within, definitions, f"{name}.")
+            if "properties" in within:
+                yield from _options(within, definitions, f"{before}{name}.")
 
 
 def type_text(part: dict[str, Any], definitions: dict[str, Any]) -> str:
