@@ -150,8 +150,9 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         f"Fashion-MNIST, trained for {TRAIN.epochs} epochs, and as many again for ResNet-56, cut once, {TUNE.epochs} "
         f"epochs of fine-tuning for either side, in {TRAIN.precision}; rows that say otherwise (in float32, ResNet-56 "
         "of 4 epochs) are older. Last epoch, test split read once per run. Criterion and loss of each side were chosen "
-        "on the validation split at seed 0 (all that were tried are in the results file). Speed-up: median of paired "
-        "timings on one thread, and over the seeds.",
+        "on the validation split at seed 0 (all that were tried are in the results file); for ResNet-56 at 3x rarefy's "
+        "is that of 2x. `fisher per FLOP` compares what channels cost by what they save (`normalize: saving`). "
+        "Speed-up: median of paired timings on one thread, and over the seeds.",
         "",
         "| network | | criterion, loss | seeds | FLOPs | before | after | drop | speed-up at batch 1 | at batch 64 |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -10,6 +10,7 @@ from rarefy_schemas import DataNeed, TechniqueConfig, Traits
 from rarefy_schemas.base import Schema
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Normalize = Literal["mean", "saving", "none"]
 
 
 class Target(Schema):
@@ -46,7 +47,7 @@ class ChannelPruning(TechniqueConfig):
     outputs move."""
     sensitivity_batches: int = Field(default=4, ge=1)
     """Batches that `scope: sensitivity` measures on."""
-    normalize: Literal["mean", "saving", "none"] = "mean"
+    normalize: Normalize = "mean"
     """What scores are divided by before groups are compared: their group's `mean`, or what a unit of the group saves
     of the `target`, one unit where there is none. The second is for scores that are increases of the loss."""
     least: float = Field(default=0.1, ge=0, lt=1)
@@ -168,7 +169,7 @@ class ChannelFisherConfig(SampledChannelPruning):
     implementation: ClassVar[str] = "rarefy_pruning.channels.gates:Fisher"
     paper: ClassVar[str] = "Theis et al. 2018, Faster gaze prediction; Liu et al. 2021, Group Fisher pruning"
     technique: Literal["pruning/channel-fisher"] = "pruning/channel-fisher"
-    normalize: Literal["mean", "saving", "none"] = "saving"
+    normalize: Normalize = "saving"
     """What scores are divided by before groups are compared: what a unit of the group saves of the `target`, one unit
     where there is none, so that a budget is reached at the least increase of the loss; or their group's `mean`."""
 
