@@ -244,6 +244,18 @@ class TestTarget:
         _, _, technique = prune(wide(), make_task(torch.randn(6, 64)), **self.OPTIONS)
         assert "Pruning made the model slower: it takes 1.20 times as long as before." in technique.notes
 
+    def test_channels_that_save_no_time_stay(
+        self, clock: list[int], monkeypatch: pytest.MonkeyPatch, prune: Any, make_task: Any
+    ) -> None:
+        monkeypatch.setattr(budget, "_shares", lambda *_: {"0": 0.0, "2": 0.0, "4": 0.0, "6": 0.9})
+        pretend(monkeypatch, lambda share: 0.5)
+        task, options = make_task(torch.randn(6, 64)), {**self.OPTIONS, "scope": "global", "least": 0}
+        _, analysis, _ = prune(wide(), task, normalize="mean", **options)
+        assert sorted(analysis.plan.removal) == ["0", "2", "4"]
+        _, analysis, _ = prune(wide(), task, normalize="saving", **options)
+        assert list(analysis.plan.removal) == ["4"]
+        assert len(analysis.plan.removal["4"]) == pytest.approx(1024 * 0.5 / 0.9, abs=8)
+
     @pytest.mark.parametrize("scope", ["layer", "sensitivity"])
     def test_a_real_network_gets_faster(self, prune: Any, make_task: Any, scope: str, tmp_path: Path) -> None:
         model, task = wide(), make_task(torch.randn(32, 64))

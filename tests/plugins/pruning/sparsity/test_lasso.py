@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from rarefy.dependencies import find_dependencies
 from rarefy.errors import StageError
+from rarefy.measure import flops
 from rarefy.pipeline import run
 from rarefy.recipe import load_recipe
 from rarefy.rules import rules_for
@@ -232,23 +233,35 @@ class TestZeros:
         assert compact.conv2.weight.shape == trained_digits.conv2.weight.shape
         assert digits_task.score(compact, "validation") > 0.9
 
-    def test_only_layers_beside_a_shortcut_may_die_whole(self, digits_task: ClassificationTask) -> None:
-        config = KernelLassoConfig(structure="depth", strength=1.0, finetune={"epochs": 4, "lr": 3e-3})
-        technique, model = ZeroingLasso(config), resnet()
+
+class TestDepth:
+    def test_only_layers_beside_a_shortcut_die_and_what_they_read_is_cut(self, digits_task: ClassificationTask) -> None:
+        config = GroupLassoConfig(structure="depth", strength=1.0, finetune={"epochs": 4, "lr": 3e-3})
+        technique, model = CuttingLasso(config), resnet()
         analysis = technique.analyze(model, digits_task)
         assert {layer.name for layer in analysis.skipped} == {"conv", "fc"}
         assert "no shortcut" in analysis.skipped[0].reason
-        compact = technique.consolidate(train(technique, model, digits_task))
-        convolutions = {n: m.weight for n, m in compact.named_modules() if isinstance(m, nn.Conv2d)}
+        assert {layer.action for layer in analysis.layers} == {"train the whole layer to die"}
+        trained = train(technique, model, digits_task)
+        convolutions = {n: m.weight for n, m in trained.named_modules() if isinstance(m, nn.Conv2d)}
         dead = {name for name, weight in convolutions.items() if not weight.any()}
-        assert dead
         assert all((weight != 0).all() for name, weight in convolutions.items() if name not in dead)
+        compact = technique.consolidate(copy.deepcopy(trained))
         assert any(all(name in note for name in dead) for note in technique.notes)
+        assert not any("strength" in note for note in technique.notes)
+        assert difference(trained, compact, digits_task) < 1e-5
+        ends = [name for name in dead if name.endswith("conv2")]
+        assert ends
+        for name in ends:
+            assert compact.get_submodule(name).in_channels == 1
+            assert compact.get_submodule(name.replace("conv2", "conv1")).out_channels == 1
+        inputs = digits_task.example_inputs(1)
+        assert flops(compact, inputs) < flops(model, inputs) * (1 - 0.25 * len(ends))
 
     def test_a_plain_network_has_no_layer_to_lose(
         self, trained_digits: nn.Module, digits_task: ClassificationTask, tmp_path: Path
     ) -> None:
-        step = {"technique": "pruning/kernel-lasso", "structure": "depth", "strength": 1.0, "finetune": {"epochs": 1}}
+        step = {"technique": "pruning/group-lasso", "structure": "depth", "strength": 1.0, "finetune": {"epochs": 1}}
         recipe = load_recipe({"steps": [step], "evaluate": {"batch_sizes": [], "rounds": 3}})
         with pytest.raises(StageError, match=r"would change nothing(.|\n)*no shortcut"):
             run(recipe, tmp_path / "run", model=trained_digits, task=digits_task)
@@ -337,7 +350,7 @@ class TestBadInput:
             ({"finetune": {"keep": "best"}}, "keep: last"),
             ({"finetune": {"patience": 2}}, "patience"),
             ({"finetune": {}, "threshold": 0.1}, "belongs to `method: penalty`"),
-            ({"finetune": {}, "structure": "shape"}, "'unit', 'filter' or 'channel'"),
+            ({"finetune": {}, "structure": "shape"}, "'unit', 'filter', 'channel' or 'depth'"),
         ],
     )
     def test_options_that_cannot_work_are_refused(self, options: dict[str, Any], told: str) -> None:
@@ -382,7 +395,7 @@ class TestShapeConformance(TechniqueConformance):
 
 
 class TestDepthConformance(TechniqueConformance):
-    config = KernelLassoConfig(structure="depth", strength=1.0, finetune=Finetune(lr=0.1, optimizer="sgd"))
+    config = GroupLassoConfig(structure="depth", strength=1.0, finetune=Finetune(lr=0.1, optimizer="sgd"))
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)

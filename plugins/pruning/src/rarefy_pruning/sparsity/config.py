@@ -44,7 +44,7 @@ class GroupLasso(TechniqueConfig):
 
 
 class GroupLassoConfig(GroupLasso):
-    """Train units, filters or input channels to die under a group lasso, and cut those that did."""
+    """Train units, filters, input channels or whole layers to die under a group lasso, and cut what did."""
 
     implementation: ClassVar[str] = "rarefy_pruning.sparsity.lasso:CuttingLasso"
     paper: ClassVar[str] = (
@@ -53,13 +53,14 @@ class GroupLassoConfig(GroupLasso):
     traits: ClassVar[Traits] = Traits(changes_shapes=True, needs_dense_floats=True, start="either")
 
     technique: Literal["pruning/group-lasso"] = "pruning/group-lasso"
-    structure: Literal["unit", "filter", "channel"] = "unit"
+    structure: Literal["unit", "filter", "channel", "depth"] = "unit"
     """`unit`: all slices that depend on a channel, so that coupled layers die together; `filter`: the weights and the
-    bias of one output of one layer; `channel`: the weights that read one channel in one layer."""
+    bias of one output of one layer; `channel`: the weights that read one channel in one layer; `depth`: the whole
+    weight of a layer that a shortcut passes, after whose death what it alone has read is cut down to one channel."""
 
 
 class KernelLassoConfig(GroupLasso):
-    """Train columns of kernels, or whole kernels beside a shortcut, to die under a group lasso, and leave zeros."""
+    """Train columns of kernels, a channel and position over all filters, to die under a group lasso; leave zeros."""
 
     implementation: ClassVar[str] = "rarefy_pruning.sparsity.lasso:ZeroingLasso"
     paper: ClassVar[str] = (
@@ -68,10 +69,9 @@ class KernelLassoConfig(GroupLasso):
     )
     traits: ClassVar[Traits] = Traits(makes_zeros=True, needs_dense_floats=True, start="either")
 
+    structure: ClassVar[str] = "shape"
+
     technique: Literal["pruning/kernel-lasso"] = "pruning/kernel-lasso"
-    structure: Literal["shape", "depth"] = "shape"
-    """`shape`: the weights at one input channel and kernel position over all filters, a column of the unrolled
-    convolution; `depth`: the whole weight of a layer that a shortcut bypasses."""
 
 
 class NetworkSlimmingConfig(TechniqueConfig):

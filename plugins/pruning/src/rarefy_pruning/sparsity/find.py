@@ -76,8 +76,11 @@ def shapes(model: nn.Module, weights: list[LayerWeight], task: Task) -> Found:
 
 
 def depths(model: nn.Module, weights: list[LayerWeight], task: Task) -> Found:
-    """Find the layers that a shortcut passes: without their weights the outputs still depend on the inputs."""
-    structures, reasons = [], {}
+    """Find the layers that a shortcut passes: without their weights the outputs still depend on the inputs.
+
+    The groups are those of what they read.
+    """
+    structures, reasons, passed = [], {}, []
     inputs, without = move(task.example_inputs(2), device_of(model)), copy.deepcopy(model)
     for weight in weights:
         parameter = without.get_parameter(f"{weight.name}.weight")
@@ -86,9 +89,12 @@ def depths(model: nn.Module, weights: list[LayerWeight], task: Task) -> Found:
         if bypassed:
             everything = torch.arange(len(parameter))[None]
             structures.append(Structures(weight.name, (Slices(f"{weight.name}.weight", (0,), everything),)))
+            passed.append(weight)
         else:
             reasons[weight.name] = "no shortcut passes it: without it the outputs do not depend on the inputs"
-    return Found(tuple(structures), reasons=reasons)
+    dependencies = _dependencies(model, task)
+    groups, _ = _eligible(dependencies, passed, 1, refusal)
+    return Found(tuple(structures), tuple(group.name for group in groups), dependencies, reasons)
 
 
 FINDERS: Mapping[str, Callable[[nn.Module, list[LayerWeight], Task], Found]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,14 +16,14 @@ from rarefy_pruning.sparsity.config import GroupLassoConfig, KernelLassoConfig
 from rarefy_pruning.sparsity.find import FINDERS, Found
 from rarefy_pruning.sparsity.removal import Removed, remove_dead
 from rarefy_pruning.sparsity.rules import training_rule
-from rarefy_pruning.sparsity.slices import Structures, norms, scale_
+from rarefy_pruning.sparsity.slices import norms, scale_
 
 ConfigT = TypeVar("ConfigT", GroupLassoConfig, KernelLassoConfig)
 
 THRESHOLD = 1e-3
 
 NAMES = {
-    "unit": "units", "filter": "filters", "channel": "input channels", "shape": "columns", "depth": "whole weights",
+    "unit": "units", "filter": "filters", "channel": "input channels", "shape": "columns", "depth": "whole layers",
 }  # fmt: skip
 
 
@@ -60,63 +59,67 @@ class Lasso(Technique[ConfigT]):
         )
 
     @torch.no_grad()
-    def count_dead_(self, model: nn.Module) -> list[tuple[Structures, int]]:
-        """Return how many of the structures are dead, after zeroing what a penalty left near zero."""
+    def count_dead_(self, model: nn.Module) -> list[str]:
+        """Tell how many structures are dead, after zeroing what a penalty left near zero; return the layers that are.
+
+        Where structures go through several layers, what is returned are groups.
+        """
         named = dict(model.named_parameters())
-        counts = []
+        total = dead = 0
+        whole = []
         for part in self.found.structures:
             size = part.sizes(named).to(device_of(model))
             threshold = (self.config.threshold or THRESHOLD) if self.config.method == "penalty" else 0.0
-            dead = norms(part, named) <= threshold * size.sqrt()
+            gone = norms(part, named) <= threshold * size.sqrt()
             if self.config.method == "penalty":
-                scale_(part, named, (~dead).float())
-            counts.append((part, int(dead.sum())))
-        self.notes.append(_summary(self.config.structure, counts))
-        return counts
+                scale_(part, named, (~gone).float())
+            total, dead = total + len(part), dead + int(gone.sum())
+            whole += [part.name] if gone.all() else []
+        advice = "" if dead else "; raise `strength`, or train longer"
+        self.notes.append(f"Dead after training: {dead} of {total} {NAMES[self.config.structure]}{advice}.")
+        return whole
 
     def _report(self, weight: LayerWeight, found: Found) -> LayerReport:
         structures = found.of(weight.name)
         number = sum(len(part) for part in structures)
         coupled = {part.tensor.rpartition(".")[0] for s in structures for part in s.slices} - {weight.name}
         along = f", with their slices of {len(coupled)} other layers" if coupled else ""
-        action = f"train {number} {NAMES[self.config.structure]} to die{along}"
+        what = "the whole layer" if self.config.structure == "depth" else f"{number} {NAMES[self.config.structure]}"
+        action = f"train {what} to die{along}"
         return LayerReport(name=weight.name, kind=weight.kind, action=action, scores={"structures": number})
 
 
 class CuttingLasso(Lasso[GroupLassoConfig]):
-    """Group lasso over units, filters or channels (Wen et al. 2016, eq. 2; Zhou et al. 2016)."""
+    """Group lasso over units, filters, channels or layers (Wen et al. 2016, section 3; Zhou et al. 2016)."""
 
     def consolidate(self, model: nn.Module) -> nn.Module:
         """Cut the units that are dead in every layer; dead slices of units that live on elsewhere stay as zeros."""
-        self.count_dead_(model)
+        whole, layers_die = self.count_dead_(model), self.config.structure == "depth"
         removed = remove_dead(model, self.inputs, self.found.dependencies, self.found.groups)
-        self.notes += _told(removed)
+        self.notes += _whole(whole) if layers_die else []
+        self.notes += _told(removed, "" if layers_die else ": lower `strength`")
         return removed.model
 
 
 class ZeroingLasso(Lasso[KernelLassoConfig]):
-    """Group lasso over columns of the unrolled weights (Lebedev & Lempitsky 2016), or over whole weights (Wen)."""
+    """Group lasso over columns of the unrolled weights (Lebedev & Lempitsky 2016)."""
 
     def consolidate(self, model: nn.Module) -> nn.Module:
         """Leave the zeros where they are."""
-        whole = [part.name for part, dead in self.count_dead_(model) if dead == len(part)]
-        if whole:
-            self.notes.append(f"All weights of {', '.join(whole)} are zero; the layers stay, and compute their bias.")
+        self.notes += _whole(self.count_dead_(model))
         return model
 
 
-def _summary(structure: str, counts: Sequence[tuple[Structures, int]]) -> str:
-    total, dead = sum(len(part) for part, _ in counts), sum(number for _, number in counts)
-    advice = "" if dead else "; raise `strength`, or train longer"
-    return f"Dead after training: {dead} of {total} {NAMES[structure]}{advice}."
+def _whole(layers: list[str]) -> list[str]:
+    return [f"All weights of {', '.join(layers)} are zero; the layers stay, and compute their bias."] if layers else []
 
 
-def _told(removed: Removed) -> list[str]:
+def _told(removed: Removed, advice: str) -> list[str]:
     total, cut = sum(removed.units.values()), sum(removed.cut.values())
     notes = [f"Units cut: {cut} of {total}."]
     emptied = [name for name, dead in removed.died.items() if dead == removed.units[name]]
     if emptied:
-        notes.append(f"All units of {', '.join(emptied)} died, and one of each was kept: lower `strength`.")
+        notes.append(f"All units of {', '.join(emptied)} died, and one of each was kept{advice}.")
     left = [name for name, dead in removed.died.items() if dead > removed.cut[name] and name not in emptied]
     if left:
         notes.append(
