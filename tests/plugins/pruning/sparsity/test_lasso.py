@@ -258,6 +258,14 @@ class TestDepth:
         inputs = digits_task.example_inputs(1)
         assert flops(compact, inputs) < flops(model, inputs) * (1 - 0.25 * len(ends))
 
+    def test_when_all_die_it_is_said(self, digits_task: ClassificationTask) -> None:
+        config = GroupLassoConfig(structure="depth", strength=1000.0, finetune={"epochs": 1, "max_steps": 5})
+        technique = CuttingLasso(config)
+        trained = train(technique, resnet(), digits_task)
+        compact = technique.consolidate(copy.deepcopy(trained))
+        assert difference(trained, compact, digits_task) < 1e-5
+        assert "Dead after training: 8 of 8 whole layers; lower `strength`." in technique.notes
+
     def test_a_plain_network_has_no_layer_to_lose(
         self, trained_digits: nn.Module, digits_task: ClassificationTask, tmp_path: Path
     ) -> None:

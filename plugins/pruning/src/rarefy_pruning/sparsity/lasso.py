@@ -75,7 +75,7 @@ class Lasso(Technique[ConfigT]):
                 scale_(part, named, (~gone).float())
             total, dead = total + len(part), dead + int(gone.sum())
             whole += [part.name] if gone.all() else []
-        advice = "" if dead else "; raise `strength`, or train longer"
+        advice = "; lower `strength`" if dead == total else "" if dead else "; raise `strength`, or train longer"
         self.notes.append(f"Dead after training: {dead} of {total} {NAMES[self.config.structure]}{advice}.")
         return whole
 
