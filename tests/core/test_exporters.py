@@ -94,6 +94,12 @@ def test_a_lossless_file_has_the_very_same_outputs(tmp_path: Path) -> None:
     assert export(network(), SafetensorsFormat(), tmp_path).max_difference == 0
 
 
+def test_the_file_has_the_name_that_was_asked_for(tmp_path: Path) -> None:
+    reports = [export(network().eval(), config, tmp_path) for config in (RarefyFormat(), RarefyFormat(name="again"))]
+    assert [Path(report.path).name for report in reports] == ["model.rarefy", "again.rarefy"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.rarefy", "model.rarefy"]
+
+
 def test_safetensors_are_readable_by_others_and_hold_tied_weights_once(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

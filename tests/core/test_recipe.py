@@ -134,6 +134,17 @@ def test_what_has_one_name_may_be_written_as_it() -> None:
     assert all({"type": "string"} in schema[name]["anyOf"] for name in ("model", "task"))
 
 
+def test_files_of_one_format_have_names_of_their_own() -> None:
+    both = [{"format": "rarefy", "coder": "huffman", "name": "huffman"}, "rarefy"]
+    steps = [{"technique": "pruning/magnitude", "amount": 0.5}]
+    assert [export.name for export in load_recipe({"steps": steps, "export": both}).export] == ["huffman", "model"]
+    with pytest.raises(RecipeError, match=r"export: two entries would write the same file, 'model' as rarefy"):
+        load_recipe({"steps": steps, "export": ["onnx", "rarefy", {"format": "rarefy", "coder": "huffman"}]})
+    for name in ("", "../model", "a/b", ".hidden", "-x"):
+        with pytest.raises(RecipeError, match=r"export\.0\.name: "):
+            load_recipe({"steps": steps, "export": [{"format": "onnx", "name": name}]})
+
+
 def test_the_json_schema_knows_every_technique_and_describes_every_option() -> None:
     schema = json_schema()
     step = schema["properties"]["steps"]["items"]

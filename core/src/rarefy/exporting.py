@@ -24,9 +24,9 @@ from rarefy.task import Task
 def export_one(
     model: nn.Module, base: Base, task: Task, config: ExporterConfig, directory: Path, original_bytes: int
 ) -> ExportReport:
-    """Write `model` as `directory/model.*` by `export_to`; the folder is made."""
+    """Write `model` to `directory` by `export_to`, under the name in the options; the folder is made."""
     make_folder(directory)
-    path = directory / f"model{implementation(type(config)).suffix}"
+    path = directory / f"{config.name}{implementation(type(config)).suffix}"
     return export_to(path, model, base, task, config, original_bytes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from rarefy_schemas.base import Json, Noun, Schema
 from rarefy_schemas.targets import Targets
@@ -41,6 +41,9 @@ class ExporterConfig(Noun):
     """Options of an exporter, one target format of `export`."""
 
     noun: ClassVar[str] = "format"
+
+    name: str = Field(default="model", pattern=r"^\w[\w.-]*$", max_length=100)
+    """Name of the file without its ending, for formats that are written more than once."""
 
 
 class SourceConfig(Noun):
@@ -126,6 +129,15 @@ class Recipe(Schema):
     """Formats to write, by name or with options; the `.rarefy` artifact when empty."""
     budgets: Budgets = Budgets()
     """What the result has to keep to; a run that misses one ends with exit code 3."""
+
+    @field_validator("export")
+    @classmethod
+    def _files_differ(cls, formats: tuple[ExporterConfig, ...]) -> tuple[ExporterConfig, ...]:
+        files = [(entry.registered_name(), entry.name) for entry in formats]
+        for i, (format_, name) in enumerate(files):
+            if (format_, name) in files[:i]:
+                raise ValueError(f"two entries would write the same file, {name!r} as {format_}; give one a `name`")
+        return formats
 
 
 Split = Literal["train", "validation", "test"]
