@@ -145,7 +145,8 @@ def export(
     """Write a compressed model as one file, open it again, compare its outputs, and report bytes and difference.
 
     `original` is the network before it was compressed, or a function that builds it; a `.rarefy` file needs it again
-    when it is loaded. `format` is what an entry of `export` in a recipe is: a name, or a name with options.
+    when it is loaded. `format` is what an entry of `export` in a recipe is: a name, or a name with options, of
+    which `name` does nothing here.
     Raises `RecipeError` for wrong options or an ending that is not the format's, and `StageError` when the model does
     not fit the format; then no file is left.
     """
