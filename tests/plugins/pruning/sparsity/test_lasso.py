@@ -199,6 +199,29 @@ class TestWhatIsDead:
         assert removed.cut["first"] == 1
         assert off < 1e-6
 
+    def test_what_only_makes_the_unread_is_dead_too(self) -> None:
+        class Bottleneck(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b, self.c = nn.Conv2d(5, 4, 1), nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(3, 5, 1)
+                self.head = nn.Conv2d(5, 2, 1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y: torch.Tensor = self.head(x + self.c(self.b(self.a(x).relu()).relu()))
+                return y
+
+        torch.manual_seed(0)
+        model, inputs = Bottleneck(), (torch.randn(5, 5, 6, 6),)
+        with torch.no_grad():
+            model.c.weight.zero_()
+            before = model(*inputs)
+            weights = {name: weight.clone() for name, weight in model.named_parameters()}
+            removed = remove_dead(model, inputs, find_dependencies(model, inputs), ["a", "b"])
+            assert torch.allclose(before, removed.model(*inputs), atol=1e-6)
+        assert removed.cut == {"a": 3, "b": 2}
+        assert (removed.model.a.out_channels, removed.model.b.out_channels) == (1, 1)
+        assert all(torch.equal(weights[name], weight) for name, weight in model.named_parameters())
+
     def test_what_something_without_weights_reads_is_left(self) -> None:
         class Gram(nn.Module):
             def __init__(self) -> None:

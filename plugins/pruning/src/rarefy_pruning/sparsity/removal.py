@@ -37,12 +37,14 @@ def remove_dead(
 
     A unit is dead when nobody reads it, or when it carries a constant: all weights that read it are zero, or all that
     make it are. Scales and biases on its way then make the constant, which goes into the biases of its readers. Where
-    that cannot be exact, the unit stays.
+    that cannot be exact, the unit stays. What only makes units that nobody reads, reads nothing either.
     """
-    layers = Layers.of(model)
     groups = [dependencies[name] for name in names]
-    dead = {group.name: _dead(model, group, layers) for group in groups}
-    found = signals(model, inputs, readers(groups, layers))
+    silent = copy.deepcopy(model)
+    _silence_(silent, groups)
+    layers = Layers.of(silent)
+    dead = {group.name: _dead(silent, group, layers) for group in groups}
+    found = signals(silent, inputs, readers(groups, layers))
     removal: dict[str, torch.Tensor] = {}
     for group in groups:
         gone = dead[group.name] & absorbable(group, layers, found)
@@ -50,7 +52,7 @@ def remove_dead(
             gone[0] = False
         if gone.any():
             removal[group.name] = gone.nonzero().flatten()
-    compact = cut_constant(model, inputs, dependencies, removal, found)
+    compact = cut_constant(silent, inputs, dependencies, removal, found) if removal else model
     if not same_outputs(_outputs(compact, inputs), _outputs(model, inputs)):
         # something reads a unit without a weight, as a product of two activations does
         compact, removal = model, {}
@@ -91,15 +93,50 @@ def readers(groups: Iterable[Group], layers: Layers) -> set[str]:
 
 def _dead(model: nn.Module, group: Group, layers: Layers) -> torch.Tensor:
     """Tell which units are dead, `(units,)`."""
+    roles = _Roles.of(model, group, layers)
     parameters = dict(model.named_parameters())
-    weights = [m for m in group.members if m.tensor in parameters and parameters[m.tensor].dim() > 1]
-    reading = [m for m in weights if layers.reads(m)]
-    making = [m for m in weights if layers.produces(m)]
-    # the embedding of a position, say: whether it makes or reads is not known
-    others = [m for m in weights if not layers.reads(m) and not layers.produces(m)]
-    silent = _zero(parameters, [*making, *others]) if making or others else torch.tensor(False)
-    unread = _zero(parameters, [*reading, *others]) if reading else torch.tensor(False)
-    return (silent | unread).expand(group.units).clone()
+    makers = [*roles.making, *roles.others]
+    silent = _zero(parameters, makers) if makers else torch.tensor(False)
+    return (silent | _unread(parameters, roles)).expand(group.units).clone()
+
+
+@torch.no_grad()
+def _silence_(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Zero the weights that make units which nobody reads, and so what is read for them only, layer after layer."""
+    layers, parameters = Layers.of(model), dict(model.named_parameters())
+    roles = [_Roles.of(model, group, layers) for group in groups]
+    changed = True
+    while changed:
+        changed = False
+        for role in roles:
+            unread = _unread(parameters, role)
+            for member in role.making if unread.any() else ():
+                weight, places = parameters[member.tensor], member.indices[unread.expand(len(member.indices))].flatten()
+                changed = changed or bool(weight[places].any())
+                weight[places] = 0
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """The weights among the members of a group, by what they do with its units."""
+
+    reading: Sequence[Member]
+    making: Sequence[Member]
+    others: Sequence[Member]
+    """The embedding of a position, say: whether it makes or reads is not known."""
+
+    @classmethod
+    def of(cls, model: nn.Module, group: Group, layers: Layers) -> _Roles:
+        """Tell them apart."""
+        parameters = dict(model.named_parameters())
+        weights = [m for m in group.members if m.tensor in parameters and parameters[m.tensor].dim() > 1]
+        reading, making = ([m for m in weights if does(m)] for does in (layers.reads, layers.produces))
+        return cls(reading, making, [m for m in weights if not layers.reads(m) and not layers.produces(m)])
+
+
+def _unread(parameters: Mapping[str, torch.Tensor], roles: _Roles) -> torch.Tensor:
+    """Tell which units nobody reads, `(units,)` or for all of them."""
+    return _zero(parameters, [*roles.reading, *roles.others]) if roles.reading else torch.tensor(False)
 
 
 def _zero(parameters: Mapping[str, torch.Tensor], members: Sequence[Member]) -> torch.Tensor:
