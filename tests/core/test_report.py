@@ -245,6 +245,15 @@ def test_the_page_can_be_read_by_a_screen_reader() -> None:
     assert "2 low rank: 61.0 KB, 98.71 %" in plain(page.text)
 
 
+@pytest.mark.parametrize("values", [[0.9953, 0.9955], [0.9675, 0.97], [0.2, 0.9], [0.9, 0.9]])
+def test_ticks_that_differ_are_written_differently(values: list[float]) -> None:
+    from rarefy.report.plots import size_against_metric
+
+    drawn = size_against_metric([2e6, 1e6], values, "accuracy", "title")
+    ticks = re.findall(rf">([\d.]+){numbers.SPACE}%<", drawn)
+    assert 3 < len(ticks) == len(set(ticks))
+
+
 def test_the_same_report_gives_the_same_page_and_leaves_matplotlib_as_it_was() -> None:
     import matplotlib
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -46,7 +46,8 @@ def size_against_metric(sizes: Sequence[float], values: Sequence[float], metric:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: numbers.tick(x)))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if numbers.is_share(metric):
-            axes.yaxis.set_major_formatter(PercentFormatter(1, _decimals(values), f"{numbers.SPACE}%"))
+            ticks = axes.yaxis.get_major_locator().tick_values(*axes.get_ylim())
+            axes.yaxis.set_major_formatter(PercentFormatter(1, _decimals(ticks), f"{numbers.SPACE}%"))
         axes.set_xlabel("file size")
         return _svg(figure, "size", title)
 
@@ -71,9 +72,10 @@ def _subs(sizes: Sequence[float]) -> tuple[float, ...]:
     return (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.5 else (1.0, 2.0, 5.0)
 
 
-def _decimals(shares: Sequence[float]) -> int:
-    span = max(shares) - min(shares)
-    return 0 if span > 0.2 else 1 if span > 0.02 else 2
+def _decimals(shares: Iterable[float]) -> int:
+    """Return the fewest decimals that percentages can be written with as they are."""
+    percentages = [100 * share for share in shares]
+    return next((n for n in range(6) if all(abs(round(x, n) - x) < 1e-9 for x in percentages)), 6)
 
 
 def _density(histogram: Histogram) -> list[float]:
