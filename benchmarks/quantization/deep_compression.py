@@ -8,8 +8,8 @@ package/data. Fashion-MNIST: Debian's package dataset-fashion-mnist, in /usr/sha
 keeps the trained originals between calls.
 
 Runs the recipes that ship with rarefy, and on request other points of their curves of error against bytes. The last
-epoch counts, and the test split is measured once per stage, after all choices, which were made on validation digits of
-MNIST. Results are kept run by run, so that a call goes on where the last one stopped.
+epoch counts, and the test split is measured once per stage, after all choices; the page says on what these were made.
+Results are kept run by run, so that a call goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ def measure(task: str, recipe: str, point: str, seed: int, given: argparse.Names
         recipe, [f"seed={seed}", f"task.source=data:{task}", f"task.options.folder={given.data}", *changes]
     )
     base, original = Base(lambda: build_model(loaded.model), loaded.model), None
-    own = f"-{point}" if any(change.startswith("train_first") for change in changes) else ""
-    kept = given.weights and given.weights / f"{task}-{recipe}{own}-{seed}.safetensors"
+    kept = given.weights and given.weights / f"{_original(task, recipe, point)}-{seed}.safetensors"
     if kept and kept.exists():
         original = base.build()
         load_model(original, kept)
@@ -123,6 +122,12 @@ def measure(task: str, recipe: str, point: str, seed: int, given: argparse.Names
         "seconds": report.seconds,
         "environment": report.environment,
     }
+
+
+def _original(task: str, recipe: str, point: str) -> str:
+    """Return a name that points share when they share the original."""
+    own = any(change.startswith("train_first") for change in POINTS.get(recipe, {}).get(point, ()))
+    return f"{task}-{recipe}-{point}" if own else f"{task}-{recipe}"
 
 
 def section(results: dict[str, dict[str, Any]]) -> str:

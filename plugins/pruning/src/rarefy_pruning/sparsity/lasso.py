@@ -60,9 +60,9 @@ class Lasso(Technique[ConfigT]):
 
     @torch.no_grad()
     def count_dead_(self, model: nn.Module) -> list[str]:
-        """Tell how many structures are dead, after zeroing what a penalty left near zero; return the layers that are.
+        """Note how many structures are dead, after zeroing what a penalty left near zero; return what died whole.
 
-        Where structures go through several layers, what is returned are groups.
+        These are names of `Structures`: layers where each has one of them, as for `shape` and `depth`.
         """
         named = dict(model.named_parameters())
         total = dead = 0

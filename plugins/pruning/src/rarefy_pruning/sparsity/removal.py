@@ -37,14 +37,15 @@ def remove_dead(
 
     A unit is dead when nobody reads it, or when it carries a constant: all weights that read it are zero, or all that
     make it are. Scales and biases on its way then make the constant, which goes into the biases of its readers. Where
-    that cannot be exact, the unit stays. What only makes units that nobody reads, reads nothing either.
+    that cannot be exact, the unit stays. Weights that only make units which nobody reads do not count as
+    reading, so that what feeds them is dead too.
     """
     groups = [dependencies[name] for name in names]
-    silent = copy.deepcopy(model)
-    _silence_(silent, groups)
-    layers = Layers.of(silent)
-    dead = {group.name: _dead(silent, group, layers) for group in groups}
-    found = signals(silent, inputs, readers(groups, layers))
+    silenced = copy.deepcopy(model)
+    _silence_(silenced, groups)
+    layers = Layers.of(silenced)
+    dead = {group.name: _dead(silenced, group, layers) for group in groups}
+    found = signals(silenced, inputs, readers(groups, layers))
     removal: dict[str, torch.Tensor] = {}
     for group in groups:
         gone = dead[group.name] & absorbable(group, layers, found)
@@ -52,7 +53,7 @@ def remove_dead(
             gone[0] = False
         if gone.any():
             removal[group.name] = gone.nonzero().flatten()
-    compact = cut_constant(silent, inputs, dependencies, removal, found) if removal else model
+    compact = cut_constant(silenced, inputs, dependencies, removal, found) if removal else model
     if not same_outputs(_outputs(compact, inputs), _outputs(model, inputs)):
         # something reads a unit without a weight, as a product of two activations does
         compact, removal = model, {}
